@@ -1,0 +1,7 @@
+"""``python -m kflex_repro``."""
+
+import sys
+
+from kflex_repro.cli import main
+
+sys.exit(main())
