@@ -16,8 +16,11 @@ def _one_line(text: str) -> str:
 class KflexError(Exception):
     """A failure the user can act on; ``str()`` is one line, ``what (where): fix``.
 
-    ``exit_code`` is what the command line exits with (1 unless said; never 0).
+    ``exit_code`` is what the command line exits with (1 unless said; never 0); ``errno`` is the failed call's
+    errno, 0 where there was none.
     """
+
+    errno: int = 0
 
     def __init__(self, what: str, where: str = "", fix: str = "", exit_code: int = EXIT_FAILED) -> None:
         self.what = _one_line(what)
@@ -48,7 +51,8 @@ _FIXES = {
     errno.ENOSPC: "free some space (or, for a map: it is full)",
     errno.ENOMEM: "less memory is free than asked for: choose a smaller table",
     errno.ENOTSUP: "this kernel does not support it: see `kflex-repro doctor`",
-    524: "this kernel does not support it: see `kflex-repro doctor`",  # ENOTSUPP, kernel-internal, leaks out of bpf()
+    # ENOTSUPP: internal to the kernel, but it leaks out of bpf().
+    524: "this kernel does not support it: see `kflex-repro doctor`",
     errno.EOPNOTSUPP: "this kernel does not support it: see `kflex-repro doctor`",
     errno.E2BIG: "larger than this kernel's limit",
     errno.EBUSY: "something else holds it: `kflex-repro offload status` shows what is attached",
@@ -68,5 +72,5 @@ def os_failure(call: str, code: int, where: str = "", fix: str = "") -> KflexErr
     """The error for a failed system or libbpf call: names the call, its errno, and what to do."""
     code = abs(code)
     error = KflexError(f"{call} failed, {errno_text(code)}", where, fix or _FIXES.get(code, ""))
-    error.errno = code  # type: ignore[attr-defined]
+    error.errno = code
     return error

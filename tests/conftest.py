@@ -1,4 +1,4 @@
-"""Shared by all tests: the rule that a missing kernel feature skips, or fails where CI says the kernel has it."""
+"""Shared by all tests: a missing kernel feature skips a test, or fails it where CI says the kernel has it."""
 
 from __future__ import annotations
 
