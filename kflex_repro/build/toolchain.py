@@ -1,0 +1,216 @@
+"""The compilers and bpftool: which, what version, and running them with their output kept in a log."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import platform
+import re
+import shutil
+import subprocess
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kflex_repro.build import cache
+from kflex_repro.errors import KflexError, Unavailable
+
+CLANG_MINIMUM = (12,)
+BPFTOOL_MINIMUM = (5, 13)
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A program we found: its path, the line it reports as its version, and the number in it."""
+
+    name: str
+    path: str
+    banner: str
+    version: tuple[int, ...]
+
+    @property
+    def text(self) -> str:
+        """The version as people write it, e.g. 14.0.6."""
+        return ".".join(map(str, self.version))
+
+
+def _probe(name: str, path: str) -> Tool | None:
+    try:
+        out = subprocess.run(
+            [path, "--version"],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=20,
+            stdin=subprocess.DEVNULL,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    banner = next((line.strip() for line in out.stdout.splitlines() if line.strip()), "")
+    numbers = re.search(r"(?:version |v)(\d+(?:\.\d+)+)", banner) or re.search(r"(\d+(?:\.\d+)+)", banner)
+    if out.returncode != 0 or numbers is None:
+        return None
+    return Tool(name, path, banner, tuple(int(part) for part in numbers.group(1).split(".")))
+
+
+def _candidates(name: str, variable: str, more: Sequence[str] = ()) -> list[str]:
+    if chosen := os.environ.get(variable):
+        return [chosen]
+    # sbin directories are not on every user's PATH, and bpftool lives there.
+    path = os.environ.get("PATH", os.defpath) + ":/usr/local/sbin:/usr/sbin:/sbin"
+    found = shutil.which(name, path=path)
+    return ([found] if found else []) + list(more)
+
+
+def _numbered(pattern: str) -> list[str]:
+    """Paths like /usr/bin/clang-19, the highest number first."""
+    directory, _, name = pattern.rpartition("/")
+    found = [str(path) for path in Path(directory or "/").glob(name)]
+    return sorted(found, key=lambda path: [int(part) for part in re.findall(r"\d+", path)], reverse=True)
+
+
+@functools.cache
+def find_clang() -> Tool | None:
+    """clang, by KFLEX_CLANG, PATH, or a versioned name; None where there is none."""
+    paths = _candidates("clang", "KFLEX_CLANG", _numbered("/usr/bin/clang-[0-9]*"))
+    return next((tool for path in paths if (tool := _probe("clang", path))), None)
+
+
+@functools.cache
+def find_cc() -> Tool | None:
+    """The C compiler for user space: CC, gcc or cc."""
+    paths = _candidates("gcc", "CC", _candidates("cc", "CC"))
+    return next((tool for path in paths if (tool := _probe("cc", path))), None)
+
+
+@functools.cache
+def find_bpftool() -> Tool | None:
+    """bpftool, by KFLEX_BPFTOOL or PATH; None where there is none."""
+    # Ubuntu's is a wrapper that wants the running kernel's own package. Any installed one serves: what we ask
+    # of it does not depend on the kernel.
+    more = _numbered("/usr/lib/linux-tools/*/bpftool") + _numbered("/usr/lib/linux-tools-*/bpftool")
+    paths = _candidates("bpftool", "KFLEX_BPFTOOL", more)
+    return next((tool for path in paths if (tool := _probe("bpftool", path))), None)
+
+
+def clang() -> Tool:
+    """clang, new enough; Unavailable otherwise."""
+    return _demand(find_clang(), "clang", CLANG_MINIMUM, "apt install clang", "KFLEX_CLANG")
+
+
+def cc() -> Tool:
+    """The C compiler; Unavailable where there is none."""
+    return _demand(find_cc(), "C compiler", (), "apt install gcc", "CC")
+
+
+def bpftool() -> Tool:
+    """bpftool, new enough; Unavailable otherwise."""
+    fix = "apt install bpftool (Ubuntu: linux-tools-generic)"
+    return _demand(find_bpftool(), "bpftool", BPFTOOL_MINIMUM, fix, "KFLEX_BPFTOOL")
+
+
+def _demand(tool: Tool | None, name: str, minimum: tuple[int, ...], fix: str, variable: str) -> Tool:
+    if tool is None:
+        raise Unavailable(f"no working {name} found", os.environ.get(variable, ""), fix)
+    if tool.version < minimum:
+        needed = ".".join(map(str, minimum))
+        raise Unavailable(f"{name} {tool.text} is too old, {needed} is needed", tool.path, fix)
+    return tool
+
+
+def target_arch() -> str:
+    """The kernel's name of this architecture, for -D__TARGET_ARCH_..."""
+    machine = platform.machine()
+    names = {
+        "x86_64": "x86",
+        "aarch64": "arm64",
+        "riscv64": "riscv",
+        "ppc64le": "powerpc",
+        "s390x": "s390",
+        "loongarch64": "loongarch",
+    }
+    return names.get(machine, machine)
+
+
+class Runner:
+    """Runs build commands; ``stop()`` ends those that still run (another failed, or Ctrl-C)."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._lock = threading.Lock()
+        self._stopped = False
+
+    def stop(self) -> None:
+        """Kill what runs and start nothing more."""
+        with self._lock:
+            self._stopped = True
+            for process in self._running:
+                process.kill()
+
+    def run(
+        self,
+        step: str,
+        command: Sequence[str | Path],
+        log: Path,
+        cwd: Path | None = None,
+        stdout: Path | None = None,
+    ) -> None:
+        """Run one command, its output appended to ``log`` (standard output to ``stdout`` if given).
+
+        BuildError, with the log's name and its last error lines, if it fails; the log stays.
+        """
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as files:
+            stream = files.enter_context(log.open("ab"))
+            stream.write(f"+ {' '.join(map(str, command))}\n".encode())
+            stream.flush()
+            with self._lock:
+                if self._stopped:
+                    raise KflexError("stopped", step)
+                try:
+                    process = subprocess.Popen(
+                        [str(part) for part in command],
+                        cwd=cwd,
+                        stdin=subprocess.DEVNULL,
+                        stdout=files.enter_context(stdout.open("wb")) if stdout else stream,
+                        stderr=stream,
+                        env={**os.environ, "LC_ALL": "C"},
+                    )
+                except OSError as error:
+                    raise BuildError(step, f"cannot run {command[0]}: {error.strerror}", log) from None
+                self._running.add(process)
+            try:
+                code = process.wait()
+            finally:
+                with self._lock:
+                    self._running.discard(process)
+                if process.poll() is None:
+                    process.kill()
+                    process.wait()
+        if code != 0:
+            raise BuildError(step, error_lines(log) or f"exit code {code}", log)
+
+
+def error_lines(log: Path, count: int = 3) -> str:
+    """The first lines of a log that say "error" (the later ones follow from them), or else its last lines."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    lines = lines[max((at for at, line in enumerate(lines) if line.startswith("+ ")), default=-1) + 1 :]
+    errors = [line for line in lines if re.search(r"\berror\b|\bE: |\*\*\*|undefined reference", line, re.I)]
+    return " | ".join(errors[:count] or lines[-count:])
+
+
+class BuildError(KflexError):
+    """A build step failed; ``log`` is what it printed."""
+
+    def __init__(self, step: str, reason: str, log: Path) -> None:
+        super().__init__(f"building {step} failed", reason, f"the whole log is {log}")
+        self.log = log
+
+
+def log_path(step: str, key: str) -> Path:
+    """Where a step's log is kept; an older one of the same inputs is replaced."""
+    path = cache.root() / "logs" / f"{step}-{key[:12]}.log"
+    path.unlink(missing_ok=True)
+    return path
