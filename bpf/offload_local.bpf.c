@@ -1,0 +1,641 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * offload_local - GET and SET of co-located clients, answered in the client's own sendmsg.
+ *
+ * kflex_enrol (sockops) pairs the two sockets of a connection; kflex_client (sk_msg on the client's socket) answers a
+ * message from the table, or counts its requests and lets it pass; kflex_server (sk_msg on the server's socket) counts
+ * replies and opens the gate. A reply is put into the client's own ingress queue: the request never crosses TCP.
+ */
+#include "maps.bpf.h"
+#include "resp.bpf.h"
+#include "table.bpf.h"
+#include "order.bpf.h"
+#include "gate.bpf.h"
+
+#define MAX_INJECTED 256
+#define MAX_INJECTED_BYTES (256 * 1024)
+
+SEC("sockops")
+int kflex_enrol(struct bpf_sock_ops *s)
+{
+	struct kflex_ctl *k = get_ctl();
+	struct kflex_link *l;
+	struct bpf_sock *sk;
+
+	if (!k)
+		return 1;
+	switch (s->op) {
+	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
+		if (bpf_ntohl(s->remote_port) != port || READ_ONCE(k->disabled))
+			break;
+		if (netns_cookie && bpf_get_netns_cookie(s) != netns_cookie)
+			break;
+		enrol_client(s);
+		break;
+	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
+		if (s->local_port != port || READ_ONCE(k->disabled))
+			break;
+		if (netns_cookie && bpf_get_netns_cookie(s) != netns_cookie)
+			break;
+		enrol_server(s, k);
+		break;
+	case BPF_SOCK_OPS_STATE_CB:
+		sk = s->sk;
+		if (s->args[1] != BPF_TCP_CLOSE || !sk)
+			break;
+		l = bpf_sk_storage_get(&links, sk, NULL, 0);
+		if (l) {
+			__u32 i = l->conn;
+
+			bpf_sk_storage_delete(&links, sk);
+			conn_put(i);
+		}
+		break;
+	}
+	return 1;
+}
+
+/* "*2\r\n$3\r\n" and "*3\r\n$3\r\n" as little-endian words. */
+#define PREFIX_GET 0x0a0d33240a0d322aull
+#define PREFIX_SET 0x0a0d33240a0d332aull
+
+/* Reads "<digits>\r\n" at c->hdr[at]. Returns the number and leaves the length of the text in *used, or -1. */
+static __always_inline int read_length(struct kflex_conn *c, __u32 at, __u32 *used)
+{
+	__u32 i, n = 0, d;
+
+	for (i = 0; i < 4; i++) {
+		d = (__u32)c->hdr[(at + i) & 0x1ff] - '0';
+		if (d > 9)
+			break;
+		n = n * 10 + d;
+	}
+	/* Redis refuses numbers with leading zeros: leave those to it. */
+	if (!i || (i > 1 && c->hdr[at & 0x1ff] == '0'))
+		return -1;
+	if (c->hdr[(at + i) & 0x1ff] != '\r' || c->hdr[(at + i + 1) & 0x1ff] != '\n')
+		return -1;
+	*used = i + 2;
+	return n;
+}
+
+/*
+ * Parses the request at byte `at` of the message that starts at kernel address addr and has size bytes.
+ * Returns its length and fills desc[i] and c->key, or minus the reason for passing.
+ */
+__noinline int parse_request(struct kflex_conn *c, __u64 addr, __u32 at, __u32 size, __u32 i)
+{
+	__u32 left = size - at, n, used = 0, klen, vlen, pos, w;
+	struct kflex_desc *d;
+	__u64 prefix, word;
+	__u32 name;
+	int num;
+
+	if (!c || at >= size)
+		return -KFLEX_STAT_WHY_OTHER;
+	d = &c->desc[i & (KFLEX_MAX_PIPELINE - 1)];
+	n = left < 320 ? left : 320;
+	if (n < 19) /* "*2\r\n$3\r\nGET\r\n$0\r\n\r\n" */
+		return -KFLEX_STAT_WHY_OTHER;
+	if (bpf_probe_read_kernel(c->hdr, n, (void *)(addr + at)))
+		return -KFLEX_STAT_WHY_OTHER;
+	prefix = *(__u64 *)c->hdr;
+	name = *(__u32 *)(c->hdr + 8);
+	/* Letters differ from the other case's in bit 5; the '\r' has none of its bits there. */
+	name &= 0xffdfdfdf;
+	if (prefix == PREFIX_GET && name == 0x0d544547)
+		d->set = 0;
+	else if (prefix == PREFIX_SET && name == 0x0d544553)
+		d->set = 1;
+	else
+		return -KFLEX_STAT_WHY_OTHER;
+	if (c->hdr[12] != '\n' || c->hdr[13] != '$')
+		return -KFLEX_STAT_WHY_OTHER;
+	num = read_length(c, 14, &used);
+	if (num < 0)
+		return -KFLEX_STAT_WHY_OTHER;
+	if (num > KFLEX_MAX_KEY)
+		return -KFLEX_STAT_WHY_SIZE;
+	klen = num;
+	pos = 14 + used; /* <= 20 */
+	d->klen = klen;
+	d->koff = at + pos;
+	if (pos + klen + 2 > n)
+		return -KFLEX_STAT_WHY_OTHER;
+	for (w = 0; w < 32; w++) {
+		if (w * 8 >= klen)
+			break;
+		word = *(__u64 *)&c->hdr[(pos & 31) + w * 8];
+		if (klen - w * 8 < 8)
+			word &= ~0ull >> (64 - 8 * ((klen - w * 8) & 7));
+		c->key[w] = word;
+	}
+	pos += klen;
+	if (c->hdr[pos & 0x1ff] != '\r' || c->hdr[(pos + 1) & 0x1ff] != '\n')
+		return -KFLEX_STAT_WHY_OTHER;
+	pos += 2;
+	if (!d->set)
+		return pos;
+	if (pos + 6 > n || c->hdr[pos & 0x1ff] != '$')
+		return -KFLEX_STAT_WHY_OTHER;
+	pos++;
+	num = read_length(c, pos, &used);
+	if (num < 0)
+		return -KFLEX_STAT_WHY_OTHER;
+	if (num > KFLEX_MAX_VALUE)
+		return -KFLEX_STAT_WHY_SIZE;
+	vlen = num;
+	pos += used;
+	if (pos + vlen + 2 > left)
+		return -KFLEX_STAT_WHY_OTHER;
+	d->vlen = vlen;
+	d->voff = at + pos;
+	d->rlen = 5;
+	if (vlen >= 4) {
+		__u32 magic = 0;
+
+		/* PFCOUNT changes a HyperLogLog's bytes without an event: keep them out of the table. */
+		bpf_probe_read_kernel(&magic, 4, (void *)(addr + d->voff));
+		if (magic == 0x4c4c5948)
+			return -KFLEX_STAT_WHY_OTHER;
+	}
+	pos += vlen;
+	{
+		__u16 crlf = 0;
+
+		bpf_probe_read_kernel(&crlf, 2, (void *)(addr + at + pos));
+		if (crlf != 0x0a0d)
+			return -KFLEX_STAT_WHY_OTHER;
+	}
+	return pos + 2;
+}
+
+/* Writes the reply of GET i at byte `at` of the (altered, contiguous) message. Returns 0, or -1 if it does not fit. */
+__noinline int write_value(struct sk_msg_md *m, __u32 conn, __u32 i, __u32 at)
+{
+	struct kflex_conn *c = bpf_map_lookup_elem(&conns, &conn);
+	struct kflex_entry *e;
+	struct kflex_desc *d;
+	__u32 vlen, pad, hlen, b, full;
+	__u64 head;
+	__u8 *p, *end = (void *)(long)m->data_end, *v;
+
+	if (!c || at > KFLEX_MAX_MESSAGE)
+		return -1;
+	d = &c->desc[i & (KFLEX_MAX_PIPELINE - 1)];
+	e = entry_at(d->cell);
+	if (!e)
+		return -1;
+	vlen = d->vlen;
+	if (vlen > KFLEX_MAX_VALUE || d->klen > KFLEX_MAX_KEY)
+		return -1;
+	pad = ((__u32)d->klen + 7) & 0x1f8;
+	v = &e->data[pad];
+
+	if (vlen < 10) {
+		head = '$' | (__u64)('0' + vlen) << 8 | 0x0a0d0000;
+		hlen = 4;
+	} else if (vlen < 100) {
+		head = '$' | (__u64)('0' + vlen / 10) << 8 | (__u64)('0' + vlen % 10) << 16 | 0x0a0d000000;
+		hlen = 5;
+	} else if (vlen < 1000) {
+		head = '$' | (__u64)('0' + vlen / 100) << 8 | (__u64)('0' + vlen / 10 % 10) << 16 |
+		       (__u64)('0' + vlen % 10) << 24 | 0x0a0d00000000;
+		hlen = 6;
+	} else {
+		head = '$' | (__u64)('0' + vlen / 1000) << 8 | (__u64)('0' + vlen / 100 % 10) << 16 |
+		       (__u64)('0' + vlen / 10 % 10) << 24 | (__u64)('0' + vlen % 10) << 32 | 0x0a0d0000000000;
+		hlen = 7;
+	}
+	p = (__u8 *)(long)m->data + at;
+	if (p + 8 <= end) {
+		*(__u64 *)p = head; /* what is too much is overwritten below, or by the next reply */
+	} else {
+		/* Only "$0\r\n\r\n" and "$1\r\nx\r\n" are shorter. */
+		if (p + 6 > end)
+			return -1;
+		p[0] = head;
+		p[1] = head >> 8;
+		p[2] = head >> 16;
+		p[3] = head >> 24;
+	}
+	p += hlen;
+	full = vlen >> 6;
+	for (b = 0; b < KFLEX_MAX_VALUE / 64; b++) {
+		if (b >= full)
+			break;
+		if (p + 64 > end)
+			return -1;
+		*(__u64 *)(p + 0) = *(__u64 *)(v + 0);
+		*(__u64 *)(p + 8) = *(__u64 *)(v + 8);
+		*(__u64 *)(p + 16) = *(__u64 *)(v + 16);
+		*(__u64 *)(p + 24) = *(__u64 *)(v + 24);
+		*(__u64 *)(p + 32) = *(__u64 *)(v + 32);
+		*(__u64 *)(p + 40) = *(__u64 *)(v + 40);
+		*(__u64 *)(p + 48) = *(__u64 *)(v + 48);
+		*(__u64 *)(p + 56) = *(__u64 *)(v + 56);
+		p += 64;
+		v += 64;
+	}
+	full = (vlen & 63) >> 3;
+	for (b = 0; b < 7; b++) {
+		if (b >= full)
+			break;
+		if (p + 8 > end)
+			return -1;
+		*(__u64 *)p = *(__u64 *)v;
+		p += 8;
+		v += 8;
+	}
+	full = vlen & 7;
+	for (b = 0; b < 7; b++) {
+		if (b >= full)
+			break;
+		if (p + 1 > end)
+			return -1;
+		*p = *v;
+		p++;
+		v++;
+	}
+	if (p + 2 > end)
+		return -1;
+	p[0] = '\r';
+	p[1] = '\n';
+	return 0;
+}
+
+__noinline int write_ok(struct sk_msg_md *m, __u32 at)
+{
+	__u8 *p, *end = (void *)(long)m->data_end;
+
+	if (at > KFLEX_MAX_MESSAGE)
+		return -1;
+	p = (__u8 *)(long)m->data + at;
+	if (p + 5 > end)
+		return -1;
+	*(__u32 *)p = 0x0d4b4f2b; /* "+OK\r" */
+	p[4] = '\n';
+	return 0;
+}
+
+/* Releases what the first n requests hold. */
+__noinline int release(struct kflex_conn *c, __u32 n)
+{
+	__u32 i;
+
+	if (!c)
+		return -1;
+	for (i = 0; i < KFLEX_MAX_PIPELINE; i++) {
+		if (i >= n)
+			break;
+		if (c->desc[i].set)
+			table_abort(c, i);
+	}
+	return 0;
+}
+
+/* Parses the message and finds everything that its requests need. Returns 0 or the reason for passing; then nothing is held. */
+__noinline int plan_message(struct kflex_conn *c, __u64 addr, __u32 size, __u32 owner)
+{
+	struct kflex_ctl *k = get_ctl();
+	__u32 at = 0, i, reply = 0, sets = 0, active = 0, allow;
+	int r, why;
+
+	if (!c || !k)
+		return KFLEX_STAT_WHY_OFF;
+	allow = READ_ONCE(k->allow);
+	for (i = 0; i < KFLEX_MAX_PIPELINE; i++) {
+		struct kflex_desc *d = &c->desc[i];
+
+		r = parse_request(c, addr, at, size, i);
+		if (r < 0) {
+			why = -r;
+			goto fail;
+		}
+		at += r;
+		if (d->set) {
+			why = KFLEX_STAT_WHY_OFF;
+			if (!(allow & KFLEX_ALLOW_SET))
+				goto fail;
+			if (!active) {
+				/*
+				 * Count ourselves in, then look at the gate: whoever closes it waits for the count.
+				 * An atomic that returns a value is a full barrier.
+				 */
+				if (READ_ONCE(k->hold)) {
+					__u32 t;
+
+					for (t = 0; t < 256 && READ_ONCE(k->hold); t++)
+						;
+				}
+				__sync_fetch_and_add(&get_cpu(k)->active, 1);
+				active = 1;
+				why = KFLEX_STAT_WHY_GATE;
+				if (!store && !READ_ONCE(k->gate))
+					goto fail;
+				why = KFLEX_STAT_WHY_HELD;
+				if (READ_ONCE(k->hold))
+					goto fail;
+				why = KFLEX_STAT_WHY_OFF;
+				if (READ_ONCE(k->disabled) || !(READ_ONCE(k->allow) & KFLEX_ALLOW_SET))
+					goto fail;
+				why = KFLEX_STAT_WHY_FULL;
+				if (!store && READ_ONCE(k->head) - READ_ONCE(k->tail) > ring_mask / 2)
+					goto fail;
+			}
+			why = table_prepare(c, i, owner);
+			if (why)
+				goto fail;
+			reply += 5;
+			sets++;
+		} else {
+			why = KFLEX_STAT_WHY_OFF;
+			if (!(allow & KFLEX_ALLOW_GET))
+				goto fail;
+			r = table_get(c, i);
+			if (r < 0) {
+				why = -r;
+				goto fail;
+			}
+			reply += r;
+		}
+		if (at == size) {
+			c->plan_n = i + 1;
+			c->plan_sets = sets;
+			c->plan_reply = reply;
+			if (reply <= KFLEX_MAX_MESSAGE)
+				return 0;
+			i++;
+			why = KFLEX_STAT_WHY_SIZE;
+			goto fail;
+		}
+	}
+	i = KFLEX_MAX_PIPELINE;
+	why = KFLEX_STAT_WHY_SIZE;
+fail:
+	release(c, i);
+	if (active)
+		__sync_fetch_and_sub(&get_cpu(k)->active, 1);
+	return why;
+}
+
+static __always_inline void leave(struct kflex_ctl *k, __u32 sets)
+{
+	if (sets)
+		__sync_fetch_and_sub(&get_cpu(k)->active, 1);
+}
+
+/* Puts the message, now holding the replies, into the client's own ingress queue. */
+static __always_inline int deliver(struct sk_msg_md *m, struct kflex_ctl *k, struct kflex_conn *c, __u32 conn)
+{
+	__u32 n = c->plan_n, sets = c->plan_sets;
+
+	c->injected += n;
+	c->injected_bytes += c->plan_reply;
+	c->served += n;
+	if (sets)
+		count_many(k, KFLEX_STAT_SERVED_SET, sets);
+	if (n != sets)
+		count_many(k, KFLEX_STAT_SERVED_GET, n - sets);
+	if (bpf_msg_redirect_map(m, &client_socks, conn, BPF_F_INGRESS) == SK_PASS)
+		return SK_PASS;
+	count(k, KFLEX_STAT_LOST);
+	return SK_DROP;
+}
+
+static __always_inline void commit_all(struct kflex_conn *c, __u64 addr)
+{
+	__u32 i;
+
+	for (i = 0; i < KFLEX_MAX_PIPELINE; i++) {
+		if (i >= c->plan_n)
+			break;
+		if (c->desc[i].set)
+			table_commit(c, i, addr);
+	}
+}
+
+/* SETs only: their replies are shorter than they are, so the message shrinks in place and no page is needed. */
+static __always_inline int serve_sets(struct sk_msg_md *m, struct kflex_ctl *k, struct kflex_conn *c, __u32 conn,
+				      __u64 addr)
+{
+	__u32 i, n = c->plan_n, size = m->size, keep = c->plan_reply;
+	int lost = 0;
+
+	commit_all(c, addr);
+	leave(k, 1);
+	for (i = 0; i < KFLEX_MAX_PIPELINE; i++) {
+		if (i >= n)
+			break;
+		lost |= write_ok(m, i * 5);
+	}
+	if (keep < size)
+		lost |= bpf_msg_pop_data(m, keep, size - keep, 0);
+	if (lost) {
+		count(k, KFLEX_STAT_LOST);
+		return SK_DROP;
+	}
+	return deliver(m, k, c, conn);
+}
+
+/*
+ * With GETs: the replies are built in a page of their own before the requests, which are cut off last. Until a value is
+ * stored everything can be undone by cutting off the page instead.
+ * Returns the verdict, or minus the reason for passing.
+ */
+static __always_inline int serve_mixed(struct sk_msg_md *m, struct kflex_ctl *k, struct kflex_conn *c, __u32 conn,
+				       __u64 addr)
+{
+	__u32 i, n = c->plan_n, size = m->size, reply = c->plan_reply, at = 0;
+	int bad = 0;
+
+	if (bpf_msg_push_data(m, 0, reply, 0)) {
+		release(c, n);
+		leave(k, c->plan_sets);
+		return -KFLEX_STAT_WHY_NOMEM;
+	}
+	for (i = 0; i < KFLEX_MAX_PIPELINE; i++) {
+		if (i >= n)
+			break;
+		bad |= c->desc[i].set ? write_ok(m, at) : write_value(m, conn, i, at);
+		at += c->desc[i].rlen;
+		if (bad)
+			break;
+	}
+	KFLEX_BARRIER();
+	for (i = 0; i < KFLEX_MAX_PIPELINE; i++) {
+		if (i >= n || bad)
+			break;
+		if (!c->desc[i].set)
+			bad |= table_moved(c, i);
+	}
+	if (bad) {
+		release(c, n);
+		leave(k, c->plan_sets);
+		if (bpf_msg_pop_data(m, 0, reply, 0))
+			return SK_DROP;
+		return -KFLEX_STAT_WHY_LOCKED;
+	}
+	if (c->plan_sets) {
+		commit_all(c, addr);
+		leave(k, 1);
+	}
+	if (bpf_msg_pop_data(m, reply, size, 0)) {
+		count(k, KFLEX_STAT_LOST);
+		return SK_DROP;
+	}
+	return deliver(m, k, c, conn);
+}
+
+SEC("sk_msg")
+int kflex_client(struct sk_msg_md *m)
+{
+	struct kflex_ctl *k = get_ctl();
+	struct bpf_sock *sk = m->sk;
+	struct kflex_link *l;
+	struct kflex_conn *c;
+	struct tcp_sock *tp;
+	__u32 conn, size = m->size, wseq;
+	__u64 addr;
+	int why, r;
+
+	if (!k || !sk)
+		return SK_PASS;
+	l = bpf_sk_storage_get(&links, sk, NULL, 0);
+	if (!l)
+		return SK_PASS;
+	conn = l->conn;
+	c = bpf_map_lookup_elem(&conns, &conn);
+	if (!c)
+		return SK_PASS;
+	c->passed++;
+	if (READ_ONCE(k->disabled) == KFLEX_SERVER_GONE || ((c->cflags | READ_ONCE(c->sflags)) & 1)) {
+		count(k, KFLEX_STAT_WHY_DEMOTED);
+		return SK_PASS;
+	}
+	tp = bpf_skc_to_tcp_sock(sk);
+	if (!tp)
+		return SK_PASS;
+	wseq = tp->write_seq;
+	/* TCP took less than was counted, and the rest comes again: what looks like a request may be part of a value. */
+	if ((c->cflags & KFLEX_C_SENT) && c->expect != wseq) {
+		demote_client(k, c);
+		return SK_PASS;
+	}
+	why = KFLEX_STAT_WHY_OFF;
+	if (READ_ONCE(k->disabled) || !READ_ONCE(k->allow))
+		goto pass;
+	why = in_order(c, tp);
+	if (why)
+		goto pass;
+	why = KFLEX_STAT_WHY_SIZE;
+	if (size > KFLEX_MAX_MESSAGE)
+		goto pass;
+	if (c->injected > MAX_INJECTED || c->injected_bytes > MAX_INJECTED_BYTES) {
+		why = KFLEX_STAT_WHY_BACKLOG;
+		if (!ingress_empty((struct sock *)tp))
+			goto pass;
+		c->injected = c->injected_bytes = 0;
+	}
+	if ((__u64)(long)m->data_end - (__u64)(long)m->data < size) {
+		why = KFLEX_STAT_WHY_NOMEM;
+		if (bpf_msg_pull_data(m, 0, size, 0))
+			goto pass;
+	}
+	addr = message_addr(m, c, ROLE_REQUEST);
+	why = plan_message(c, addr, size, conn + 1);
+	if (why)
+		goto pass;
+	c->passed--;
+	if (c->plan_sets == c->plan_n)
+		return serve_sets(m, k, c, conn, addr);
+	r = serve_mixed(m, k, c, conn, addr);
+	if (r >= 0)
+		return r;
+	c->passed++;
+	why = -r;
+pass:
+	if (why > 0 && why < KFLEX_STAT_COUNT)
+		count(k, why);
+	account_request(m, k, c, wseq);
+	return SK_PASS;
+}
+
+SEC("sk_msg")
+int kflex_server(struct sk_msg_md *m)
+{
+	struct kflex_ctl *k = get_ctl();
+	struct bpf_sock *sk = m->sk;
+	struct kflex_link *l;
+	struct kflex_conn *c;
+	struct tcp_sock *tp;
+	__u32 conn, wseq, before;
+
+	if (!k || !sk)
+		return SK_PASS;
+	gate_reply(k);
+	l = bpf_sk_storage_get(&links, sk, NULL, 0);
+	if (!l)
+		return SK_PASS;
+	conn = l->conn;
+	c = bpf_map_lookup_elem(&conns, &conn);
+	if (!c || ((READ_ONCE(c->cflags) | c->sflags) & 1))
+		return SK_PASS;
+	tp = bpf_skc_to_tcp_sock(sk);
+	if (!tp)
+		return SK_PASS;
+	wseq = tp->write_seq;
+	/* Two servers can listen on one port at different addresses: only the attached one's connections are served. */
+	if (bpf_get_current_pid_tgid() >> 32 != k->pid || ((c->sflags & KFLEX_S_SENT) && c->s_expect != wseq)) {
+		demote_server(k, c);
+		return SK_PASS;
+	}
+	before = c->rep.frames;
+	if (feed_message(m, c, ROLE_REPLY)) {
+		demote_server(k, c);
+		return SK_PASS;
+	}
+	wseq += m->size;
+	c->s_expect = wseq;
+	WRITE_ONCE(c->s_wseq, wseq);
+	c->sflags |= KFLEX_S_SENT | KFLEX_S_OWNED;
+	/* The client's program reads replies first, then s_wseq. */
+	__sync_fetch_and_add(&c->replies, c->rep.frames - before);
+	return SK_PASS;
+}
+
+struct kflex_unread {
+	__u32 conn;
+	__u32 unread;
+};
+
+/* For `offload stop`: which clients still have injected replies to read? A record for each enrolled client socket. */
+SEC("iter/sockmap")
+int kflex_unread(struct bpf_iter__sockmap *ctx)
+{
+	struct kflex_unread record = {};
+	struct sock *sk = ctx->sk;
+	__u32 *key = ctx->key;
+
+	if (!sk || !key)
+		return 0;
+	record.conn = *key;
+	record.unread = !ingress_empty(sk);
+	bpf_seq_write(ctx->meta->seq, &record, sizeof(record));
+	return 0;
+}
+
+/* The message layout in the object's BTF, for Python. */
+const struct kflex_msg *kflex_btf_msg;
+const enum kflex_abi_const kflex_btf_const;
+const enum kflex_stat kflex_btf_stat;
+const enum kflex_rule kflex_btf_rule;
+const enum kflex_mode kflex_btf_mode;
+const enum kflex_allow kflex_btf_allow;
+const enum kflex_disable kflex_btf_disable;
+const enum kflex_state kflex_btf_state;
+const enum kflex_verb kflex_btf_verb;
+const enum kflex_conn_flag kflex_btf_conn_flag;
+const enum kflex_cmd_flag kflex_btf_cmd_flag;
+
+char _license[] SEC("license") = "GPL";

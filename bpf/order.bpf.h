@@ -1,0 +1,258 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * Exactly Redis's order on each connection: pairing of the two halves, counting of requests and replies, demotion.
+ *
+ * Each half writes its own words of struct kflex_conn, under its own socket lock; the other half only reads them.
+ */
+#ifndef KFLEX_ORDER_BPF_H
+#define KFLEX_ORDER_BPF_H
+
+#include "resp.bpf.h"
+
+#define AF_INET 2
+#define AF_INET6 10
+#define FEED_WINDOW 16384
+#define FEED_WINDOWS 12
+
+static __always_inline void demote_client(struct kflex_ctl *k, struct kflex_conn *c)
+{
+	c->cflags |= KFLEX_C_DEMOTED;
+	count(k, KFLEX_STAT_DEMOTED);
+}
+
+static __always_inline void demote_server(struct kflex_ctl *k, struct kflex_conn *c)
+{
+	c->sflags |= KFLEX_S_DEMOTED;
+	count(k, KFLEX_STAT_DEMOTED);
+}
+
+/* The message's first byte as a plain number: only a number may be handed to a global function or kept in a map. */
+static __always_inline __u64 message_addr(struct sk_msg_md *m, struct kflex_conn *c, int role)
+{
+	WRITE_ONCE(c->addr[role], (__u64)(long)m->data);
+	return READ_ONCE(c->addr[role]);
+}
+
+/* Feeds a whole message, window by window, to one half's parser. Returns 0, or RESP_BAD to demote. */
+static __always_inline int feed_message(struct sk_msg_md *m, struct kflex_conn *c, int role)
+{
+	struct kflex_parser *p = role == ROLE_REQUEST ? &c->req : &c->rep;
+	__u32 size = m->size, at = 0, n, end, w;
+	__u64 have;
+
+	for (w = 0; w < FEED_WINDOWS; w++) {
+		if (p->skip > 1 && at < size) {
+			/* All but the last byte of a bulk string: the parser ends it and counts the frame. */
+			n = p->skip - 1;
+			if (n > size - at)
+				n = size - at;
+			p->skip -= n;
+			at += n;
+		}
+		if (at >= size)
+			return 0;
+		have = (__u64)(long)m->data_end - (__u64)(long)m->data;
+		if (at || have < size) {
+			end = size - at > FEED_WINDOW ? at + FEED_WINDOW : size;
+			if (bpf_msg_pull_data(m, at, end, 0))
+				return RESP_BAD;
+			/* data may reach beyond the range that was asked for. */
+			n = (__u64)(long)m->data_end - (__u64)(long)m->data;
+			if (n > end - at)
+				n = end - at;
+		} else {
+			n = size;
+		}
+		if (!n)
+			return RESP_BAD;
+		have = message_addr(m, c, role);
+		if (role == ROLE_REQUEST ? feed_request(c, have, n) : feed_reply(c, have, n))
+			return RESP_BAD;
+		at += n;
+		if (at >= size)
+			return 0;
+	}
+	return RESP_BAD;
+}
+
+/* A message that Redis will see. */
+static __always_inline void account_request(struct sk_msg_md *m, struct kflex_ctl *k, struct kflex_conn *c, __u32 wseq)
+{
+	__u32 before = c->req.frames;
+
+	if (feed_message(m, c, ROLE_REQUEST)) {
+		demote_client(k, c);
+		return;
+	}
+	/* A request counts once it is whole; a part of one already stands in the way. */
+	c->requests += c->req.frames - before;
+	c->expect = wseq + m->size;
+	c->cflags |= KFLEX_C_SENT;
+	count_many(k, KFLEX_STAT_PASSED, c->req.frames - before);
+}
+
+static __always_inline int is_whole(struct kflex_parser *p)
+{
+	return !p->skip && !p->remaining && p->st == RESP_TYPE;
+}
+
+/* May a reply of ours be the next thing that the client reads? Returns 0 or the reason why not. */
+static __always_inline int in_order(struct kflex_conn *c, struct tcp_sock *tp)
+{
+	if (tp->inet_conn.icsk_inet.sk.__sk_common.skc_state != TCP_ESTABLISHED)
+		return KFLEX_STAT_WHY_CLOSING;
+	if (!READ_ONCE(c->paired) || !(READ_ONCE(c->sflags) & KFLEX_S_OWNED) || !c->requests)
+		return KFLEX_STAT_WHY_NEW;
+	if (!is_whole(&c->req))
+		return KFLEX_STAT_WHY_OTHER;
+#ifndef KFLEX_BREAK_NO_REPLY_COUNT
+	if (READ_ONCE(c->replies) != c->requests)
+		return KFLEX_STAT_WHY_UNANSWERED;
+#endif
+	if (c->cflags & KFLEX_C_MULTI)
+		return KFLEX_STAT_WHY_MULTI;
+	KFLEX_BARRIER();
+	if (tp->copied_seq != READ_ONCE(c->s_wseq))
+		return KFLEX_STAT_WHY_UNREAD;
+	return 0;
+}
+
+/* Has the client read everything that was put into its ingress queue? */
+static __always_inline int ingress_empty(struct sock *sk)
+{
+	struct list_head *head, *next = NULL;
+	__u64 user_data = 0;
+
+	/* sk_psock() in include/linux/skmsg.h: the low bits of sk_user_data are flags. */
+	bpf_probe_read_kernel(&user_data, sizeof(user_data), &sk->sk_user_data);
+	user_data &= ~7ull;
+	if (!user_data)
+		return 1;
+	head = __builtin_preserve_access_index(&((struct sk_psock *)user_data)->ingress_msg);
+	bpf_probe_read_kernel(&next, sizeof(next), &head->next);
+	return next == head;
+}
+
+/* Both halves' addresses, from the client's point of view. */
+static __always_inline void fill_tuple(struct bpf_sock_ops *s, struct kflex_tuple *t, int client)
+{
+	/* Volatile: clang would merge the branches into a load at a computed offset, which the verifier refuses. */
+	volatile struct bpf_sock_ops *v = s;
+	__u32 local[4], remote[4];
+	int i;
+
+	local[0] = v->local_ip6[0];
+	local[1] = v->local_ip6[1];
+	local[2] = v->local_ip6[2];
+	local[3] = v->local_ip6[3];
+	remote[0] = v->remote_ip6[0];
+	remote[1] = v->remote_ip6[1];
+	remote[2] = v->remote_ip6[2];
+	remote[3] = v->remote_ip6[3];
+	if (v->family == AF_INET) {
+		local[0] = local[1] = remote[0] = remote[1] = 0;
+		local[2] = remote[2] = bpf_htonl(0xffff);
+		local[3] = v->local_ip4;
+		remote[3] = v->remote_ip4;
+	}
+	for (i = 0; i < 4; i++) {
+		t->client[i] = client ? local[i] : remote[i];
+		t->server[i] = client ? remote[i] : local[i];
+	}
+	t->client_port = client ? s->local_port : bpf_ntohl(s->remote_port);
+	t->server_port = client ? bpf_ntohl(s->remote_port) : s->local_port;
+}
+
+/* Same host: the kernel picks a local address as the source of a connection to itself, or both are loopback. */
+static __always_inline int is_local(struct kflex_tuple *t)
+{
+	if (t->client[2] == bpf_htonl(0xffff) && !t->client[0] && !t->client[1] &&
+	    (t->client[3] & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000))
+		return 1;
+	return t->client[0] == t->server[0] && t->client[1] == t->server[1] && t->client[2] == t->server[2] &&
+	       t->client[3] == t->server[3];
+}
+
+static __always_inline void conn_put(__u32 i)
+{
+	struct kflex_conn *c = bpf_map_lookup_elem(&conns, &i);
+
+	/* Both halves' programs run under their own socket's lock: only the last one out may give the number back. */
+	if (c && __sync_fetch_and_sub(&c->refs, 1) == 1)
+		bpf_map_push_elem(&free_conns, &i, 0);
+}
+
+static __always_inline void enrol_client(struct bpf_sock_ops *s)
+{
+	struct kflex_link link = {}, *l;
+	struct kflex_tuple t = {};
+	struct bpf_sock *sk = s->sk;
+	struct kflex_conn *c;
+	__u32 i;
+
+	if (!sk)
+		return;
+	fill_tuple(s, &t, 1);
+	if (!is_local(&t) || bpf_map_pop_elem(&free_conns, &i))
+		return;
+	c = bpf_map_lookup_elem(&conns, &i);
+	if (!c)
+		return;
+	c->cflags = c->sflags = 0;
+	c->requests = c->replies = 0;
+	c->injected = c->injected_bytes = 0;
+	c->served = c->passed = 0;
+	c->paired = 0;
+	c->refs = 1;
+	__builtin_memset(&c->req, 0, sizeof(c->req));
+	__builtin_memset(&c->rep, 0, sizeof(c->rep));
+	c->c_isn = s->snd_nxt;
+	c->s_isn = s->rcv_nxt;
+	c->s_wseq = s->rcv_nxt;
+	c->family = s->family;
+	c->ports = t.client_port << 16 | t.server_port;
+	link.conn = i;
+	l = bpf_sk_storage_get(&links, sk, &link, BPF_SK_STORAGE_GET_F_CREATE);
+	if (!l || bpf_sock_ops_cb_flags_set(s, BPF_SOCK_OPS_STATE_CB_FLAG)) {
+		conn_put(i);
+		return;
+	}
+	if (bpf_sock_map_update(s, &client_socks, &i, BPF_ANY))
+		return;
+	bpf_map_update_elem(&pairs, &t, &i, BPF_ANY);
+}
+
+static __always_inline void enrol_server(struct bpf_sock_ops *s, struct kflex_ctl *k)
+{
+	struct kflex_link link = { .server = 1 };
+	struct kflex_tuple t = {};
+	struct bpf_sock *sk = s->sk;
+	struct kflex_conn *c;
+	__u32 *found, i;
+
+	if (!sk)
+		return;
+	fill_tuple(s, &t, 0);
+	found = bpf_map_lookup_elem(&pairs, &t);
+	if (!found)
+		return;
+	i = *found;
+	bpf_map_delete_elem(&pairs, &t);
+	c = bpf_map_lookup_elem(&conns, &i);
+	/* Behind address translation the same addresses can belong to other sockets: sequence numbers tell. */
+	if (!c || c->paired || c->c_isn != s->rcv_nxt || c->s_isn != s->snd_nxt)
+		return;
+	link.conn = i;
+	__sync_fetch_and_add(&c->refs, 1);
+	if (!bpf_sk_storage_get(&links, sk, &link, BPF_SK_STORAGE_GET_F_CREATE) ||
+	    bpf_sock_ops_cb_flags_set(s, BPF_SOCK_OPS_STATE_CB_FLAG)) {
+		conn_put(i);
+		return;
+	}
+	if (bpf_sock_map_update(s, &server_socks, &i, BPF_ANY))
+		return;
+	WRITE_ONCE(c->paired, 1);
+	count(k, KFLEX_STAT_PAIRED);
+}
+
+#endif

@@ -1,0 +1,258 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * RESP framing (https://redis.io/docs/latest/develop/reference/protocol-spec/), resumable at any byte.
+ *
+ * Requests are counted where they pass and replies where they leave, so that a reply of ours never overtakes one of
+ * Redis's. Nothing here changes a message.
+ */
+#ifndef KFLEX_RESP_BPF_H
+#define KFLEX_RESP_BPF_H
+
+#include "maps.bpf.h"
+
+enum { RESP_TYPE, RESP_NUM, RESP_LF, RESP_TEXT };
+enum { ROLE_REQUEST, ROLE_REPLY };
+
+#define RESP_BAD (-1)
+#define RESP_WINDOW 64
+
+struct feed {
+	struct kflex_conn *c;
+	__u64 addr;
+	__u32 len;
+	__u32 pos;
+	__u32 base; /* of the window; ~0: none yet */
+	int bad;
+};
+
+/* Upper-cases eight ASCII letters at once; other bytes stay as they are (those >= 0x80 make the name unknown). */
+static __always_inline __u64 upper8(__u64 w)
+{
+	__u64 lower = (w + 0x1f1f1f1f1f1f1f1full) & ~(w + 0x0505050505050505ull) & 0x8080808080808080ull;
+
+	return w - (lower >> 2);
+}
+
+/* Looks up c->name[0], `len` bytes long, zero-padded. Returns its flags, 0 if it is not on the list. */
+__noinline int command_flags(struct kflex_conn *c)
+{
+	struct kflex_command name;
+	__u64 *from, *to = (__u64 *)name.name;
+	__u32 *flags;
+
+	if (!c)
+		return 0;
+	from = (__u64 *)c->name[0];
+	to[0] = upper8(from[0]);
+	to[1] = upper8(from[1]);
+	to[2] = upper8(from[2]);
+	flags = bpf_map_lookup_elem(&commands, &name);
+	return flags ? *flags : 0;
+}
+
+/* A bulk string of a request starts at f->pos and is num bytes long. Returns 0, or RESP_BAD to demote. */
+static __always_inline int request_bulk(struct feed *f, struct kflex_parser *p)
+{
+	struct kflex_conn *c = f->c;
+	__u32 num = p->num, at = 0;
+
+	p->argn++;
+	if (p->argn == 1) {
+		if (num == 0 || num >= KFLEX_NAME || f->pos + num > f->len)
+			return RESP_BAD;
+		__builtin_memset(c->name[0], 0, sizeof(c->name[0]));
+		if (bpf_probe_read_kernel(c->name[0], num & 31, (void *)(f->addr + f->pos)))
+			return RESP_BAD;
+		p->cmd = command_flags(c);
+		if (!p->cmd)
+			return RESP_BAD;
+		if ((p->cmd & KFLEX_CMD_SHORT) && p->argc > 2)
+			return RESP_BAD;
+		if ((p->cmd & KFLEX_CMD_ZERO) && p->argc != 2)
+			return RESP_BAD;
+		if ((p->cmd & KFLEX_CMD_SUB) && p->argc < 2)
+			return RESP_BAD;
+		if (p->cmd & KFLEX_CMD_MULTI)
+			c->cflags |= KFLEX_C_MULTI;
+		/* With arguments EXEC and DISCARD are errors, and DISCARD's leaves the transaction open. */
+		if ((p->cmd & KFLEX_CMD_END) && p->argc == 1)
+			c->cflags &= ~KFLEX_C_MULTI;
+		return 0;
+	}
+	if (p->argn != 2 || !(p->cmd & (KFLEX_CMD_SUB | KFLEX_CMD_ZERO)))
+		return 0;
+	if (num == 0 || num > 12 || f->pos + num > f->len)
+		return RESP_BAD;
+	if (p->cmd & KFLEX_CMD_ZERO) {
+		__u8 digit = 0;
+
+		if (num != 1 || bpf_probe_read_kernel(&digit, 1, (void *)(f->addr + f->pos)) || digit != '0')
+			return RESP_BAD;
+		return 0;
+	}
+	/* "CLIENT" + "|" + subcommand: both fit, the containers on the list have at most 8 letters. */
+	for (at = 0; at < 9; at++)
+		if (!c->name[0][at])
+			break;
+	if (at > 8)
+		return RESP_BAD;
+	c->name[0][at & 15] = '|';
+	at = (at + 1) & 15;
+	if (bpf_probe_read_kernel(&c->name[0][at], num & 15, (void *)(f->addr + f->pos)))
+		return RESP_BAD;
+	return command_flags(c) ? 0 : RESP_BAD;
+}
+
+static __always_inline void frame_end(struct kflex_parser *p)
+{
+	if (!p->push)
+		p->frames++;
+	p->push = 0;
+}
+
+/* One byte, or one skip. Returns 1 to stop. */
+static __always_inline long feed_step(struct feed *f, struct kflex_parser *p, __u8 *win, int role)
+{
+	__u32 n, left;
+	__u8 ch;
+
+	if (f->pos >= f->len)
+		return 1;
+	if (p->skip) {
+		left = f->len - f->pos;
+		n = p->skip < left ? p->skip : left;
+		p->skip -= n;
+		f->pos += n;
+		if (!p->skip && !--p->remaining)
+			frame_end(p);
+		return 0;
+	}
+	n = f->pos - f->base;
+	if (n >= RESP_WINDOW) {
+		left = f->len - f->pos;
+		if (left > RESP_WINDOW)
+			left = RESP_WINDOW;
+		if (bpf_probe_read_kernel(win, left, (void *)(f->addr + f->pos)))
+			goto bad;
+		f->base = f->pos;
+		n = 0;
+	}
+	ch = win[n & (RESP_WINDOW - 1)];
+	f->pos++;
+	switch (p->st) {
+	case RESP_TYPE:
+		if (role == ROLE_REQUEST) {
+			if (ch != (p->remaining ? '$' : '*'))
+				goto bad;
+		}
+		p->type = ch;
+		p->num = 0;
+		p->neg = 0;
+		if (!p->remaining) {
+			p->remaining = 1;
+			p->push = ch == '>';
+		}
+		if (ch == '$' || ch == '*' || ch == '%' || ch == '~' || ch == '>' || ch == '|' || ch == '=' || ch == '!')
+			p->st = RESP_NUM;
+		else if (ch == '+' || ch == '-' || ch == ':' || ch == ',' || ch == '#' || ch == '(' || ch == '_')
+			p->st = RESP_TEXT;
+		else
+			goto bad;
+		return 0;
+	case RESP_NUM:
+		if (ch >= '0' && ch <= '9') {
+			if (p->num > (1u << 26))
+				goto bad;
+			p->num = p->num * 10 + (ch - '0');
+		} else if (ch == '\r') {
+			p->st = RESP_LF;
+		} else if (ch == '-' && !p->num && role == ROLE_REPLY) {
+			p->neg = 1;
+		} else {
+			goto bad;
+		}
+		return 0;
+	case RESP_TEXT:
+		if (ch != '\n')
+			return 0;
+		p->st = RESP_TYPE;
+		if (!--p->remaining)
+			frame_end(p);
+		return 0;
+	default:
+		break;
+	}
+	if (ch != '\n')
+		goto bad;
+	p->st = RESP_TYPE;
+	if (role == ROLE_REQUEST) {
+		if (p->type == '*') {
+			/* Redis ignores empty requests without a reply, and refuses more than 2^20 arguments. */
+			if (!p->num || p->num > (1 << 20))
+				goto bad;
+			p->remaining = p->num;
+			p->argc = p->num;
+			p->argn = 0;
+			return 0;
+		}
+		if (p->num > (512u << 20) || request_bulk(f, p))
+			goto bad;
+		p->skip = p->num + 2;
+		return 0;
+	}
+	if (p->type == '$' || p->type == '=' || p->type == '!') {
+		if (!p->neg) {
+			p->skip = p->num + 2;
+			return 0;
+		}
+	} else if (!p->neg) {
+		p->remaining += (p->type == '%' || p->type == '|') ? 2 * p->num : p->num;
+		if (p->type == '|') /* the value that it describes is still to come */
+			return 0;
+	}
+	if (!--p->remaining)
+		frame_end(p);
+	return 0;
+bad:
+	f->bad = 1;
+	return 1;
+}
+
+static long feed_request_step(__u32 i, struct feed *f)
+{
+	return feed_step(f, &f->c->req, f->c->win[0], ROLE_REQUEST);
+}
+
+static long feed_reply_step(__u32 i, struct feed *f)
+{
+	return feed_step(f, &f->c->rep, f->c->win[1], ROLE_REPLY);
+}
+
+/*
+ * Feeds len contiguous bytes at kernel address addr to the connection's request parser.
+ * Returns 0, or RESP_BAD when the framing or a command is not one that can be followed.
+ */
+__noinline int feed_request(struct kflex_conn *c, __u64 addr, __u32 len)
+{
+	struct feed f = { .c = c, .addr = addr, .len = len, .base = ~0u };
+
+	if (!c)
+		return RESP_BAD;
+	f.base = 0 - RESP_WINDOW;
+	bpf_loop(3 * len + 3, feed_request_step, &f, 0);
+	return f.bad ? RESP_BAD : 0;
+}
+
+/* The same for the server's replies. */
+__noinline int feed_reply(struct kflex_conn *c, __u64 addr, __u32 len)
+{
+	struct feed f = { .c = c, .addr = addr, .len = len };
+
+	if (!c)
+		return RESP_BAD;
+	f.base = 0 - RESP_WINDOW;
+	bpf_loop(3 * len + 3, feed_reply_step, &f, 0);
+	return f.bad ? RESP_BAD : 0;
+}
+
+#endif

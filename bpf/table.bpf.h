@@ -1,0 +1,430 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * The table: buckets of six slots under a seqlock, entries in size classes of 64-byte cells.
+ *
+ * Readers copy, then check that the bucket's seq has not moved. A writer holds the bucket (odd seq). What a SET needs
+ * - bucket, slot, cell - is taken before anything changes, so that the whole message can still be passed to Redis.
+ */
+#ifndef KFLEX_TABLE_BPF_H
+#define KFLEX_TABLE_BPF_H
+
+#include "maps.bpf.h"
+
+#define SPIN 64
+
+static __always_inline struct kflex_entry *entry_at(__u32 cell)
+{
+	__u32 chunk = cell / KFLEX_CHUNK_CELLS;
+	struct kflex_chunk *p = bpf_map_lookup_elem(&heap, &chunk);
+
+	if (!p)
+		return NULL;
+	return (struct kflex_entry *)&p->bytes[(cell % KFLEX_CHUNK_CELLS) * KFLEX_CELL];
+}
+
+static __always_inline struct kflex_bucket *bucket_at(__u32 i)
+{
+	i &= bucket_mask;
+	return bpf_map_lookup_elem(&buckets, &i);
+}
+
+/* Is the key of the entry at cell the one in c->key? */
+__noinline int key_equal(struct kflex_conn *c, __u32 cell, __u32 klen)
+{
+	struct kflex_entry *e = entry_at(cell);
+	__u64 *key;
+	__u32 i;
+
+	if (!c || !e || e->klen != klen)
+		return 0;
+	key = (__u64 *)e->data;
+	for (i = 0; i < 32; i++) {
+		if (i * 8 >= klen)
+			return 1;
+		if (key[i] != c->key[i])
+			return 0;
+	}
+	return 1;
+}
+
+/* The slot of bucket b that holds c->key, or KFLEX_SLOTS. */
+__noinline __u32 find_slot(struct kflex_conn *c, __u32 b, __u32 tag, __u32 klen)
+{
+	struct kflex_bucket *bucket = bucket_at(b);
+	__u32 i;
+
+	if (!c || !bucket)
+		return KFLEX_SLOTS;
+	for (i = 0; i < KFLEX_SLOTS; i++) {
+		__u32 cell = READ_ONCE(bucket->slot[i].cell);
+
+		if (cell && bucket->slot[i].tag == tag && key_equal(c, cell, klen))
+			return i;
+	}
+	return KFLEX_SLOTS;
+}
+
+/* Hashes c->key into tag and bucket of request i. */
+__noinline int hash_key(struct kflex_conn *c, __u32 i)
+{
+	struct kflex_ctl *k = get_ctl();
+	struct kflex_desc *d;
+	__u32 w, klen;
+	__u64 h;
+
+	if (!c || !k)
+		return -1;
+	d = &c->desc[i & (KFLEX_MAX_PIPELINE - 1)];
+	klen = d->klen;
+	h = k->seed;
+	for (w = 0; w < 32; w++) {
+		if (w * 8 >= klen)
+			break;
+		h = kflex_hash_word(h, c->key[w]);
+	}
+	h = kflex_hash_end(h, klen);
+	d->tag = h >> 32;
+	d->bucket = h & bucket_mask;
+	return 0;
+}
+
+/* Takes a cell of the class, 0 when there is none. */
+__noinline __u32 cell_alloc(__u32 cls)
+{
+	struct kflex_ctl *k = get_ctl();
+	struct kflex_entry *e;
+	__u32 i, cell, cells;
+	__u64 old, pos;
+
+	if (!k || cls >= KFLEX_CLASSES)
+		return 0;
+	for (i = 0; i < 16; i++) {
+		old = READ_ONCE(k->free[cls]);
+		cell = (__u32)old;
+		if (!cell)
+			break;
+		e = entry_at(cell);
+		if (!e)
+			return 0;
+		/* The count in the high half makes a head that went and came back fail the exchange. */
+		pos = ((old >> 32) + 1) << 32 | READ_ONCE(e->next);
+		if (__sync_val_compare_and_swap(&k->free[cls], old, pos) == old)
+			return cell;
+	}
+	cells = kflex_class_cells(cls);
+	if (READ_ONCE(k->bump) + cells > heap_cells)
+		return 0;
+	pos = __sync_fetch_and_add(&k->bump, cells);
+	if (pos + cells > heap_cells)
+		return 0;
+	e = entry_at(pos);
+	if (!e)
+		return 0;
+	e->cls = cls;
+	return pos;
+}
+
+__noinline int cell_free(__u32 cell)
+{
+	struct kflex_ctl *k = get_ctl();
+	struct kflex_entry *e = entry_at(cell);
+	__u32 i, cls;
+	__u64 old;
+
+	if (!k || !e || !cell)
+		return -1;
+	cls = e->cls;
+	if (cls >= KFLEX_CLASSES)
+		return -1;
+	WRITE_ONCE(e->state, KFLEX_FREE);
+	for (i = 0; i < 1024; i++) {
+		old = READ_ONCE(k->free[cls]);
+		WRITE_ONCE(e->next, (__u32)old);
+		if (__sync_val_compare_and_swap(&k->free[cls], old, ((old >> 32) + 1) << 32 | cell) == old)
+			return 0;
+	}
+	return -1; /* leaked: found again when the table is laid anew */
+}
+
+/* Locks bucket b for connection `owner`. Returns 0 or the reason why not. */
+__noinline int bucket_lock(__u32 b, __u32 owner)
+{
+	struct kflex_bucket *bucket = bucket_at(b);
+	__u32 i, seq;
+
+	if (!bucket)
+		return KFLEX_STAT_WHY_LOCKED;
+	for (i = 0; i < SPIN; i++) {
+		seq = READ_ONCE(bucket->seq);
+		if (seq & 1) {
+			if (READ_ONCE(bucket->owner) == owner)
+				return KFLEX_STAT_WHY_LOCKED;
+			continue;
+		}
+		if (__sync_val_compare_and_swap(&bucket->seq, seq, seq + 1) == seq) {
+			bucket->owner = owner;
+			return 0;
+		}
+	}
+	return KFLEX_STAT_WHY_LOCKED;
+}
+
+__noinline int bucket_unlock(__u32 b)
+{
+	struct kflex_bucket *bucket = bucket_at(b);
+
+	if (!bucket)
+		return -1;
+	bucket->owner = 0;
+	__sync_fetch_and_add(&bucket->seq, 1);
+	return 0;
+}
+
+/*
+ * GET: finds c->key and notes cell, value length and the bucket's seq in request i.
+ * Returns the length of the reply in bytes, or minus the reason for passing.
+ */
+__noinline int table_get(struct kflex_conn *c, __u32 i)
+{
+	struct kflex_ctl *k = get_ctl();
+	struct kflex_bucket *bucket;
+	struct kflex_entry *e;
+	struct kflex_desc *d;
+	__u32 t, seq, vlen, cell, slot;
+
+	if (!c || !k || hash_key(c, i))
+		return -KFLEX_STAT_WHY_MISS;
+	d = &c->desc[i & (KFLEX_MAX_PIPELINE - 1)];
+	bucket = bucket_at(d->bucket);
+	if (!bucket)
+		return -KFLEX_STAT_WHY_MISS;
+	for (t = 0; t < SPIN; t++) {
+		seq = READ_ONCE(bucket->seq);
+		if (seq & 1)
+			continue;
+		KFLEX_BARRIER();
+		slot = find_slot(c, d->bucket, d->tag, d->klen);
+		if (slot >= KFLEX_SLOTS) {
+			KFLEX_BARRIER();
+			if (READ_ONCE(bucket->seq) != seq)
+				continue;
+			return -KFLEX_STAT_WHY_MISS;
+		}
+		cell = READ_ONCE(bucket->slot[slot].cell);
+		e = entry_at(cell);
+		if (!e)
+			return -KFLEX_STAT_WHY_MISS;
+		vlen = e->vlen;
+		if (e->epoch != READ_ONCE(k->epoch))
+			return -KFLEX_STAT_WHY_MISS;
+		if (!e->clock)
+			e->clock = 1;
+		KFLEX_BARRIER();
+		if (READ_ONCE(bucket->seq) != seq)
+			continue;
+		if (vlen > KFLEX_MAX_VALUE)
+			return -KFLEX_STAT_WHY_MISS;
+		d->cell = cell;
+		d->seq = seq;
+		d->vlen = vlen;
+		d->rlen = vlen + 5 + (vlen < 10 ? 1 : vlen < 100 ? 2 : vlen < 1000 ? 3 : 4);
+		return d->rlen;
+	}
+	return -KFLEX_STAT_WHY_LOCKED;
+}
+
+/* Has the bucket of GET i moved since it was found? */
+__noinline int table_moved(struct kflex_conn *c, __u32 i)
+{
+	struct kflex_bucket *bucket;
+	struct kflex_desc *d;
+
+	if (!c)
+		return 1;
+	d = &c->desc[i & (KFLEX_MAX_PIPELINE - 1)];
+	bucket = bucket_at(d->bucket);
+	return !bucket || READ_ONCE(bucket->seq) != d->seq;
+}
+
+/*
+ * SET: locks the bucket of c->key and finds where the value will go. Nothing that a reader sees changes.
+ * Returns 0, or the reason for passing (then nothing is held).
+ */
+__noinline int table_prepare(struct kflex_conn *c, __u32 i, __u32 owner)
+{
+	struct kflex_ctl *k = get_ctl();
+	struct kflex_bucket *bucket;
+	struct kflex_entry *e;
+	struct kflex_desc *d;
+	__u32 s, cell, cls, state, slot, victim = KFLEX_SLOTS;
+	int why;
+
+	if (!c || !k || hash_key(c, i))
+		return KFLEX_STAT_WHY_FULL;
+	d = &c->desc[i & (KFLEX_MAX_PIPELINE - 1)];
+	cls = kflex_class(kflex_cells(d->klen, d->vlen));
+	d->cls = cls;
+	d->old = 0;
+	why = bucket_lock(d->bucket, owner);
+	if (why)
+		return why;
+	bucket = bucket_at(d->bucket);
+	if (!bucket)
+		return KFLEX_STAT_WHY_FULL;
+	why = KFLEX_STAT_WHY_FULL;
+	slot = find_slot(c, d->bucket, d->tag, d->klen);
+	if (slot < KFLEX_SLOTS) {
+		cell = bucket->slot[slot].cell;
+		e = entry_at(cell);
+		if (!e)
+			goto unlock;
+		d->slot = slot;
+		/* A value that waits for its cut must survive until the cut has been taken. */
+		state = READ_ONCE(e->state);
+		if (e->cls == cls && !(state == KFLEX_DIRTY && e->cut != k->gen)) {
+			d->inplace = 1;
+			d->cell = cell;
+			return 0;
+		}
+		d->inplace = 0;
+		d->old = cell;
+		d->cell = cell_alloc(cls);
+		if (d->cell)
+			return 0;
+		goto unlock;
+	}
+	d->inplace = 0;
+	for (s = 0; s < KFLEX_SLOTS; s++) {
+		if (!bucket->slot[s].cell) {
+			d->slot = s;
+			d->cell = cell_alloc(cls);
+			if (d->cell)
+				return 0;
+			break;
+		}
+	}
+	/* Second chance: replace a clean entry that nobody has read lately; best one whose cell fits. */
+	for (s = 0; s < KFLEX_SLOTS; s++) {
+		cell = bucket->slot[s].cell;
+		e = cell ? entry_at(cell) : NULL;
+		if (!e || READ_ONCE(e->state) != KFLEX_CLEAN)
+			continue;
+		if (e->clock && e->epoch == k->epoch) {
+			e->clock = 0;
+			continue;
+		}
+		if (e->cls == cls) {
+			d->slot = s;
+			d->cell = cell;
+			d->old = 0;
+			d->inplace = 2;
+			count(k, KFLEX_STAT_EVICTED);
+			return 0;
+		}
+		victim = s;
+	}
+	if (victim < KFLEX_SLOTS) {
+		d->cell = cell_alloc(cls);
+		if (d->cell) {
+			d->slot = victim;
+			d->old = bucket->slot[victim].cell;
+			count(k, KFLEX_STAT_EVICTED);
+			return 0;
+		}
+	}
+unlock:
+	bucket_unlock(d->bucket);
+	return why;
+}
+
+/* Undoes table_prepare. */
+__noinline int table_abort(struct kflex_conn *c, __u32 i)
+{
+	struct kflex_desc *d;
+
+	if (!c)
+		return -1;
+	d = &c->desc[i & (KFLEX_MAX_PIPELINE - 1)];
+	if (!d->inplace)
+		cell_free(d->cell);
+	bucket_unlock(d->bucket);
+	return 0;
+}
+
+/* Stores request i, whose message begins at kernel address addr, and releases its bucket. Cannot fail. */
+__noinline int table_commit(struct kflex_conn *c, __u32 i, __u64 addr)
+{
+	struct kflex_ctl *k = get_ctl();
+	struct kflex_bucket *bucket;
+	struct kflex_entry *e, *old;
+	struct kflex_desc *d;
+	__u32 klen, vlen, pad, slot, at, was;
+	__u64 pos;
+
+	if (!c || !k)
+		return -1;
+	d = &c->desc[i & (KFLEX_MAX_PIPELINE - 1)];
+	bucket = bucket_at(d->bucket);
+	e = entry_at(d->cell);
+	if (!bucket || !e)
+		return -1;
+	klen = d->klen;
+	vlen = d->vlen;
+	slot = d->slot;
+	if (klen > KFLEX_MAX_KEY || vlen > KFLEX_MAX_VALUE || slot >= KFLEX_SLOTS)
+		return -1;
+	pad = (klen + 7) & 0x1f8;
+	was = KFLEX_FREE;
+	if (d->inplace == 1) {
+		was = READ_ONCE(e->state);
+	} else {
+		if (pad) {
+			at = pad - 8;
+			*(__u64 *)&e->data[at & 0xf8] = 0;
+		}
+		bpf_probe_read_kernel(e->data, klen, (void *)(addr + d->koff));
+		e->klen = klen;
+		e->tag = d->tag;
+		e->bucket = d->bucket;
+		e->version = 0;
+		e->clock = 1;
+	}
+	bpf_probe_read_kernel(&e->data[pad], vlen, (void *)(addr + d->voff));
+	e->vlen = vlen;
+	e->version++;
+	e->epoch = READ_ONCE(k->epoch);
+	if (store) {
+		WRITE_ONCE(e->state, KFLEX_CLEAN);
+	} else {
+		e->cut = READ_ONCE(k->gen);
+		if (was != KFLEX_DIRTY) {
+			pos = __sync_fetch_and_add(&k->head, 1);
+			if (pos == READ_ONCE(k->tail))
+				k->oldest_ns = bpf_ktime_get_ns();
+			e->pos = pos;
+			WRITE_ONCE(e->state, KFLEX_DIRTY);
+			at = pos & ring_mask;
+			__u64 *r = bpf_map_lookup_elem(&ring, &at);
+			if (r)
+				*r = (pos << 32) | d->cell;
+		}
+	}
+	if (d->inplace != 1) {
+		bucket->slot[slot].tag = d->tag;
+		WRITE_ONCE(bucket->slot[slot].cell, d->cell);
+		if (d->old) {
+			old = entry_at(d->old);
+			if (old) {
+				if (READ_ONCE(old->state) == KFLEX_DIRTY && old->cut != k->gen &&
+				    __sync_val_compare_and_swap(&old->state, KFLEX_DIRTY, KFLEX_ORPHAN) == KFLEX_DIRTY)
+					;
+				else
+					cell_free(d->old);
+			}
+		}
+	}
+	bucket_unlock(d->bucket);
+	return 0;
+}
+
+#endif
