@@ -1,4 +1,4 @@
-"""libbpf from the distribution's kernel source package: fetched, unpacked and built in the cache, not installed."""
+"""libbpf from the distribution's kernel source package: fetched and built in the cache, not installed."""
 
 from __future__ import annotations
 
