@@ -1,0 +1,1 @@
+"""Interleaved benchmarks of plain Redis against the offload: scenarios, load, checks, figures, report."""
