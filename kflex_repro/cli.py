@@ -1,7 +1,6 @@
 """The command line: click groups only. Parse, call, print; the work is elsewhere.
 
-Groups of other rooms are imported when they are asked for, so that ``doctor`` starts (and can say what is
-missing) on a machine where half of the dependencies are not there yet.
+Groups of other rooms are imported when they are asked for: ``doctor`` does not wait for the plotting library.
 """
 
 from __future__ import annotations
@@ -55,6 +54,9 @@ def cli() -> None:
 
     Start with `kflex-repro doctor`. KFLEX_DEBUG=1 shows tracebacks.
     """
+    from kflex_repro.build import libbpf
+
+    libbpf.activate()
 
 
 def _terminate(signum: int, _frame: FrameType | None) -> NoReturn:

@@ -31,11 +31,8 @@ def cgroup2_root() -> Path | None:
 
 
 def bpffs_root() -> Path | None:
-    """The bpffs mount, /sys/fs/bpf where there are several; None where there is none."""
-    found = mounts("bpf")
-    if BPFFS in found:
-        return BPFFS
-    return found[0] if found else None
+    """/sys/fs/bpf if a bpffs is mounted there, else None: one elsewhere is somebody's private one."""
+    return BPFFS if BPFFS in mounts("bpf") else None
 
 
 def mount(fstype: str, point: Path) -> None:

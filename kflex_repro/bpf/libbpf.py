@@ -182,6 +182,33 @@ class MapCreateOpts(c.Structure):
     ]
 
 
+class ProgLoadOpts(c.Structure):
+    """struct bpf_prog_load_opts of libbpf 1.1."""
+
+    _fields_ = [
+        ("sz", c.c_size_t),
+        ("attempts", c.c_int),
+        ("expected_attach_type", c.c_uint32),
+        ("prog_btf_fd", c.c_uint32),
+        ("prog_flags", c.c_uint32),
+        ("prog_ifindex", c.c_uint32),
+        ("kern_version", c.c_uint32),
+        ("attach_btf_id", c.c_uint32),
+        ("attach_prog_fd", c.c_uint32),
+        ("attach_btf_obj_fd", c.c_uint32),
+        ("fd_array", c.c_void_p),
+        ("func_info", c.c_void_p),
+        ("func_info_cnt", c.c_uint32),
+        ("func_info_rec_size", c.c_uint32),
+        ("line_info", c.c_void_p),
+        ("line_info_cnt", c.c_uint32),
+        ("line_info_rec_size", c.c_uint32),
+        ("log_level", c.c_uint32),
+        ("log_size", c.c_uint32),
+        ("log_buf", c.c_void_p),
+    ]
+
+
 class IterAttachOpts(c.Structure):
     """struct bpf_iter_attach_opts; link_info points to a union, for map iterators: the map's descriptor."""
 
@@ -259,6 +286,9 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "bpf_program__set_attach_target": (INT, [PTR, INT, STR]),
     "bpf_program__attach": (PTR, [PTR]),
     "bpf_program__attach_iter": (PTR, [PTR, PTR]),
+    "bpf_prog_load": (INT, [INT, STR, STR, PTR, SIZE, PTR]),
+    "libbpf_find_vmlinux_btf_id": (INT, [STR, INT]),
+    "bpf_raw_tracepoint_open": (INT, [STR, INT]),
     "bpf_link_create": (INT, [INT, INT, INT, PTR]),
     "bpf_link_detach": (INT, [INT]),
     "bpf_link__fd": (INT, [PTR]),

@@ -32,6 +32,12 @@ def system_version(name: str = "libbpf.so.1") -> tuple[int, int] | None:
         return None
 
 
+def newest_built() -> Path | None:
+    """The directory (lib/, include/) of the libbpf built here last; None where none was."""
+    built = [path for path in (cache.root() / _KIND).glob("[!.]*") if cache.intact(path)]
+    return max(built, key=lambda path: path.stat().st_mtime, default=None)
+
+
 def activate() -> None:
     """Make this process load the newest libbpf built here, where the system's is missing or too old.
 
@@ -39,9 +45,8 @@ def activate() -> None:
     """
     if "KFLEX_LIBBPF" in os.environ or (system_version() or (0, 0)) >= MINIMUM:
         return
-    built = sorted((cache.root() / _KIND).glob("*/lib/libbpf.so.1"), key=lambda path: path.stat().st_mtime)
-    if built:
-        os.environ["KFLEX_LIBBPF"] = str(built[-1])
+    if built := newest_built():
+        os.environ["KFLEX_LIBBPF"] = str(built / "lib" / "libbpf.so.1")
 
 
 def _output(command: list[str]) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kflex_repro.build import cache, toolchain
+from kflex_repro.build.libbpf import newest_built
 from kflex_repro.errors import KflexError, Unavailable
 
 KERNEL_BTF = Path("/sys/kernel/btf/vmlinux")
@@ -131,6 +132,8 @@ def _compile_object(
     started = time.monotonic()
     tool, sources = toolchain.clang(), source_root() / "bpf"
     source = sources / f"{name}{_OBJECT_SUFFIX}"
+    if libbpf is None and not (_SYSTEM_HEADERS / "bpf_helpers.h").exists():
+        libbpf = newest_built()
     helpers = libbpf / "include" / "bpf" if libbpf else _SYSTEM_HEADERS
     if not (helpers / "bpf_helpers.h").exists():
         raise Unavailable(
