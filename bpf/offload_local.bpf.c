@@ -294,6 +294,23 @@ __noinline int release(struct kflex_conn *c, __u32 n)
 	return 0;
 }
 
+/* The results are used so that clang emits the fetching form: only that one is a full barrier on every architecture. */
+static __always_inline void enter(struct kflex_ctl *k)
+{
+	__u64 before = __sync_fetch_and_add(&get_cpu(k)->active, 1);
+
+	asm volatile("" ::"r"(before));
+}
+
+static __always_inline void leave(struct kflex_ctl *k, __u32 inside)
+{
+	if (inside) {
+		__u64 before = __sync_fetch_and_sub(&get_cpu(k)->active, 1);
+
+		asm volatile("" ::"r"(before));
+	}
+}
+
 /* Parses the message and finds everything that its requests need. Returns 0 or the reason for passing; then nothing is held. */
 __noinline int plan_message(struct kflex_conn *c, __u64 addr, __u32 size, __u32 owner)
 {
@@ -328,7 +345,7 @@ __noinline int plan_message(struct kflex_conn *c, __u64 addr, __u32 size, __u32 
 					for (t = 0; t < 256 && READ_ONCE(k->hold); t++)
 						;
 				}
-				__sync_fetch_and_add(&get_cpu(k)->active, 1);
+				enter(k);
 				active = 1;
 				why = KFLEX_STAT_WHY_GATE;
 				if (!store && !READ_ONCE(k->gate))
@@ -374,15 +391,8 @@ __noinline int plan_message(struct kflex_conn *c, __u64 addr, __u32 size, __u32 
 	why = KFLEX_STAT_WHY_SIZE;
 fail:
 	release(c, i);
-	if (active)
-		__sync_fetch_and_sub(&get_cpu(k)->active, 1);
+	leave(k, active);
 	return why;
-}
-
-static __always_inline void leave(struct kflex_ctl *k, __u32 sets)
-{
-	if (sets)
-		__sync_fetch_and_sub(&get_cpu(k)->active, 1);
 }
 
 /* Puts the message, now holding the replies, into the client's own ingress queue. */
@@ -627,6 +637,7 @@ int kflex_unread(struct bpf_iter__sockmap *ctx)
 
 /* The message layout in the object's BTF, for Python. */
 const struct kflex_msg *kflex_btf_msg;
+const struct kflex_entry *kflex_btf_entry;
 const enum kflex_abi_const kflex_btf_const;
 const enum kflex_stat kflex_btf_stat;
 const enum kflex_rule kflex_btf_rule;

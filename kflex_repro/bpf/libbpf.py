@@ -295,6 +295,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "bpf_link__destroy": (INT, [PTR]),
     "bpf_iter_create": (INT, [INT]),
     "bpf_prog_attach": (INT, [INT, INT, INT, c.c_uint]),
+    "bpf_prog_get_fd_by_id": (INT, [c.c_uint32]),
     "bpf_prog_detach2": (INT, [INT, INT, INT]),
     "bpf_prog_test_run_opts": (INT, [INT, PTR]),
     "bpf_enable_stats": (INT, [INT]),

@@ -1,0 +1,78 @@
+"""Talking to kflex.so in the server: struct kflex_msg over an abstract AF_UNIX socket, fds ride along."""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+import struct
+from dataclasses import dataclass
+
+from kflex_repro.bpf.btf import Btf
+from kflex_repro.errors import KflexError
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The module's answer: 0 or a negative errno, whether a table is attached, a line of text, the peer's pid."""
+
+    status: int
+    attached: bool
+    text: str
+    pid: int
+
+
+def call(run_id: str, verb: str, btf: Btf, fds: list[int] | None = None, timeout: float = 10.0) -> Answer:
+    """Send ``verb`` (KFLEX_ATTACH, KFLEX_DETACH, KFLEX_QUERY) to the server with this run id.
+
+    Raises ConnectionError when no such server listens, KflexError when it does not answer or refuses.
+    """
+    layout = btf.struct("kflex_msg")
+    constants = btf.constants()
+    message = layout(
+        magic=constants["KFLEX_MAGIC"],
+        abi=constants["KFLEX_ABI"],
+        verb=constants[verb],
+        **{f"sizeof_{name}": _sizeof(btf, f"kflex_{name}") for name in ("ctl", "entry", "bucket")},
+    )
+    with socket.socket(socket.AF_UNIX) as link:
+        link.settimeout(timeout)
+        link.connect(f"\0kflex-{run_id}")
+        pid = struct.unpack("3i", link.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+        try:
+            link.sendmsg([bytes(message)], ancillary)
+            data = b""
+            while len(data) < len(bytes(message)):
+                part = link.recv(4096)
+                if not part:
+                    raise KflexError("the module closed the link", f"server {run_id[:12]}")
+                data += part
+        except TimeoutError:
+            raise KflexError(
+                f"the module does not answer within {timeout:g} s",
+                f"server {run_id[:12]}, pid {pid}",
+                "the server is busy or stopped: try again when it answers PING",
+            ) from None
+    answer = layout.from_buffer_copy(data)
+    return Answer(
+        status=answer.status,
+        attached=bool(answer.attached),
+        text=bytes(answer.text).split(b"\0")[0].decode(errors="replace"),
+        pid=pid,
+    )
+
+
+def require(answer: Answer, what: str) -> Answer:
+    """``answer`` if it says 0, else its text as a KflexError."""
+    if answer.status:
+        raise KflexError(
+            f"the module refuses to {what}: {answer.text or os.strerror(-answer.status)}", f"pid {answer.pid}"
+        )
+    return answer
+
+
+def _sizeof(btf: Btf, name: str) -> int:
+    import ctypes
+
+    return ctypes.sizeof(btf.struct(name))

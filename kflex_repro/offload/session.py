@@ -1,0 +1,574 @@
+"""Attach the offload to a redis-server, find it again from its pins, take it off."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import secrets
+import struct
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kflex_repro import build
+from kflex_repro.bpf import fs
+from kflex_repro.bpf.btf import Btf
+from kflex_repro.bpf.libbpf import AttachType
+from kflex_repro.bpf.links import Link, Program
+from kflex_repro.bpf.maps import Map
+from kflex_repro.bpf.object import Object
+from kflex_repro.errors import KflexError, Unavailable
+from kflex_repro.offload import commands, link, table, target
+
+_OBJECT = "offload_local"
+_MAPS = ("ctl", "heap", "buckets", "ring", "conns", "client_socks", "server_socks")
+_VERDICTS = (("kflex_client", "client_socks"), ("kflex_server", "server_socks"))
+_TRACING = ("kflex_switch", "kflex_exit", "kflex_exec")
+_ENROL = "kflex_enrol"
+_UNREAD = "kflex_unread"
+_ROOT_NAME = "kflex"
+# A directory here says that we mounted bpffs, so that the last stop can take it away again.
+_MOUNTED = "mounted-by-kflex"
+# What the kernel itself puts into every fresh bpffs (kernel/bpf/preload).
+_PRELOADED = frozenset({"maps.debug", "progs.debug"})
+_STAT_SKIP = ("KFLEX_STAT_COUNT",)
+
+
+class Session:
+    """One attached server. Programs, maps and links are pinned: the session outlives the process that made it.
+
+    Sessions come from start(), attached() or find(); as a context manager, leaving stops the offload.
+    """
+
+    def __init__(self, pin_dir: Path, btf: Btf, obj: Object | None = None) -> None:
+        self.pin_dir = pin_dir
+        self.server_id = pin_dir.name
+        self._btf = btf
+        self._object = obj
+        self._maps = {name: Map.from_pin(pin_dir / name) for name in _MAPS if (pin_dir / name).exists()}
+        self._ctl: Any = None
+        if "ctl" in self._maps:
+            self._ctl = btf.struct("kflex_ctl").from_buffer(self._maps["ctl"].mmap())
+        self._links: dict[str, Link] = {}
+
+    # --- what it is ----------------------------------------------------------------------------------------
+
+    @property
+    def run_id(self) -> str:
+        """First digits of the server's run id."""
+        return self.server_id.partition("-")[2]
+
+    @property
+    def port(self) -> int:
+        """The server's TCP port."""
+        return int(self.server_id.partition("-")[0])
+
+    @property
+    def pid(self) -> int:
+        """The server's process, 0 while it is not known."""
+        return int(self._ctl.pid) if self._ctl is not None else 0
+
+    @property
+    def mode(self) -> str:
+        """``coherent`` or ``store``."""
+        return "store" if self._ctl is not None and self._ctl.mode == self._const("KFLEX_MODE_STORE") else "coherent"
+
+    @property
+    def server_alive(self) -> bool:
+        """Whether the very process that was attached still runs."""
+        try:
+            return self.pid > 0 and target.start_time(self.pid) == self._ctl.start_time
+        except KflexError:
+            return False
+
+    @property
+    def disabled(self) -> str:
+        """Why nothing is served at all: ``on``, ``detached``, ``stopping``, ``server_gone`` or ``unloaded``."""
+        return self._name_of("kflex_disable", int(self._ctl.disabled))
+
+    @property
+    def allow(self) -> frozenset[str]:
+        """What the rules allow now: of ``get`` and ``set``."""
+        bits = int(self._ctl.allow)
+        return frozenset(n for n in ("get", "set") if bits & self._const(f"KFLEX_ALLOW_{n.upper()}"))
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """The rules that forbid something now, e.g. ``maxmemory``, ``monitor`` (enum kflex_rule)."""
+        bits = int(self._ctl.rules)
+        names = self._btf.enum("kflex_rule")
+        return tuple(
+            name.removeprefix("KFLEX_RULE_").lower()
+            for name, bit in names.items()
+            if name != "KFLEX_RULE_COUNT" and bits >> bit & 1
+        )
+
+    def stats(self) -> dict[str, int]:
+        """Counters since attach: served_get, served_set, passed (requests), why_* (messages), the module's."""
+        found: dict[str, int] = {}
+        names = self._btf.enum("kflex_stat")
+        cpus = range(int(self._ctl.cpus))
+        for name, at in names.items():
+            if name not in _STAT_SKIP:
+                found[name.removeprefix("KFLEX_STAT_").lower()] = sum(
+                    int(self._ctl.cpu[cpu].stat[at]) for cpu in cpus
+                )
+        for name in ("drained", "cuts", "populated", "invalidated", "epoch_bumps", "open_commands", "refused"):
+            found[name] = int(getattr(self._ctl, name))
+        found["evicted"] += int(self._ctl.evicted)
+        found["dirty"] = int(self._ctl.head) - int(self._ctl.tail)
+        found["pending"] = int(self._ctl.pending)
+        found["dirty_age_us_max"] = int(self._ctl.dirty_age_max) // 1000
+        found["writer_wait_us_max"] = int(self._ctl.wait_max) // 1000
+        found["table_bytes_used"] = int(self._ctl.bump) * self._const("KFLEX_CELL")
+        return found
+
+    @property
+    def gate_open_ratio(self) -> float:
+        """Share of the time in which SETs were accepted, as the server's main thread saw it."""
+        return int(self._ctl.open_ns) / int(self._ctl.total_ns) if self._ctl.total_ns else 0.0
+
+    @property
+    def table_bytes(self) -> int:
+        """RAM that the table takes."""
+        return sum(m.stride * m.max_entries for n, m in self._maps.items() if n in ("heap", "buckets", "ring"))
+
+    def unread(self) -> list[int]:
+        """Connections whose client has not read all replies that the kernel put into its queue."""
+        path = self.pin_dir / _UNREAD
+        if not path.exists():
+            return []
+        opened = Link.from_pin(path)
+        try:
+            return [conn for conn, waiting in struct.iter_unpack("II", opened.read_iter()) if waiting]
+        finally:
+            opened.destroy()
+
+    def _const(self, name: str) -> int:
+        return self._btf.constants()[name]
+
+    def _name_of(self, enum: str, value: int) -> str:
+        for name, known in self._btf.enum(enum).items():
+            if known == value:
+                return name.removeprefix("KFLEX_").lower()
+        return f"unknown {value}"
+
+    # --- on and off ----------------------------------------------------------------------------------------
+
+    def suspend(self) -> None:
+        """Take off the hooks that the whole machine feels (sched tracepoints, cgroup); resume() puts them back.
+
+        Only in the process that started the session. Connections made meanwhile are never served.
+        """
+        self._need_object()
+        for name in (*_TRACING, _ENROL):
+            held = self._links.pop(name, None)
+            if held is not None:
+                held.unpin()
+                held.destroy()
+
+    def resume(self) -> None:
+        """Undo suspend()."""
+        self._attach_hooks()
+
+    def _need_object(self) -> Object:
+        if self._object is None:
+            raise KflexError("only the process that started a session can change its hooks", self.server_id)
+        return self._object
+
+    def _attach_hooks(self) -> None:
+        programs = self._need_object().programs
+        root = fs.cgroup2_root()
+        if root is None:
+            raise Unavailable("no cgroup v2 is mounted", "/sys/fs/cgroup", "mount -t cgroup2 none /sys/fs/cgroup")
+        for name in (*_TRACING, _ENROL):
+            if name in self._links:
+                continue
+            made = programs[name].attach_cgroup(root) if name == _ENROL else programs[name].attach()
+            self._links[name] = made
+            made.pin(self.pin_dir / name)
+
+    def stop(self, timeout: float = 10.0, force: bool = False) -> None:
+        """Take the offload off: everything the kernel accepted is in Redis, every reply read, nothing stays.
+
+        Waits up to ``timeout`` seconds for clients to read the replies that wait in their sockets; KflexError if
+        some do not (the offload then stays disabled and attached; ``force`` drops those replies instead).
+        """
+        deadline = time.monotonic() + timeout
+        with _locked(self.pin_dir.parent):
+            self._disable(max(1.0, timeout))
+            # Programs run under RCU: afterwards each of them has seen the disable word.
+            _synchronize_rcu()
+            while self.unread() and not force:
+                if time.monotonic() > deadline:
+                    raise KflexError(
+                        f"{len(self.unread())} connections have replies that their clients do not read",
+                        f"offload of port {self.port}; it is disabled and everything passes",
+                        "stop or close those clients and stop again, or use --force to drop those replies",
+                    )
+                time.sleep(0.002)
+            self._remove()
+
+    def _disable(self, timeout: float) -> None:
+        """Have the module drain and let go; without a living server set the disable word ourselves."""
+        if self._ctl is None:
+            return
+        if self.mode == "coherent" and self.server_alive:
+            run_id = self._full_run_id()
+            if run_id:
+                with contextlib.suppress(ConnectionError):
+                    link.require(
+                        link.call(run_id, "KFLEX_DETACH", self._btf, timeout=timeout), "let go of the table"
+                    )
+        if self._ctl.disabled == 0:
+            self._ctl.disabled = self._const("KFLEX_STOPPING")
+            self._ctl.allow = 0
+
+    def _full_run_id(self) -> str:
+        """The server's run id from the abstract sockets of the machine: INFO may be out of reach."""
+        prefix = f"@kflex-{self.run_id}"
+        for line in Path("/proc/net/unix").read_text().splitlines():
+            name = line.split(None, 7)[-1]
+            if name.startswith(prefix):
+                return name.removeprefix("@kflex-")
+        return ""
+
+    def _remove(self) -> None:
+        """Everything out of the kernel. Works on whatever is left of a session."""
+        programs: list[int] = []
+        for held in self._links.values():
+            held.destroy()
+        self._links.clear()
+        for name in (*_TRACING, _ENROL, _UNREAD):
+            fs.unpin(self.pin_dir / name)
+        for name, map_name in _VERDICTS:
+            path = self.pin_dir / name
+            if path.exists() and map_name in self._maps:
+                with Program.from_pin(path) as program:
+                    programs.append(program.id)
+                    with contextlib.suppress(KflexError):
+                        program.detach_map(self._maps[map_name], AttachType.SK_MSG_VERDICT)
+                    socks = self._maps[map_name]
+                    for i in range(socks.max_entries):
+                        with contextlib.suppress(KflexError):
+                            socks.delete(struct.pack("I", i))
+            fs.unpin(path)
+        self._ctl = None
+        for opened in self._maps.values():
+            opened.close()
+        self._maps.clear()
+        if self._object is not None:
+            self._object.close()
+            self._object = None
+        if self.pin_dir.exists():
+            for path in self.pin_dir.iterdir():
+                fs.unpin(path)
+            self.pin_dir.rmdir()
+        _wait_gone(programs)
+        _leave_root(self.pin_dir.parent)
+
+    def close(self) -> None:
+        """Let go of our descriptors; what is pinned stays."""
+        self._ctl = None
+        for opened in self._maps.values():
+            opened.close()
+        self._maps.clear()
+        for held in self._links.values():
+            held.destroy()
+        self._links.clear()
+        if self._object is not None:
+            self._object.close()
+            self._object = None
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.pin_dir.exists():
+            self.stop()
+
+
+# --- start -------------------------------------------------------------------------------------------------
+
+
+def start(
+    port: int,
+    host: str = "127.0.0.1",
+    *,
+    table_bytes: int | None = None,
+    mode: str = "coherent",
+    built: build.Built | None = None,
+) -> Session:
+    """Serve GET and SET of the redis-server at ``port`` from the kernel.
+
+    The server must be a Redis 7.0 with kflex.so loaded (mode ``store``, for benchmarks only: without). A server
+    that is attached already is returned as it is. ``table_bytes``: RAM for the table, None for an eighth of what
+    is free. KflexError, with nothing left behind, for whatever is in the way.
+    """
+    if os.geteuid() != 0:
+        raise Unavailable("the offload needs root", "offload start", "run it with sudo")
+    found = target.probe(port, host)
+    if mode == "coherent":
+        _check_coherent(found)
+    made = built or build.ensure()
+    root = _enter_root()
+    with _locked(root):
+        same, stale = [], []
+        for session in attached():
+            if session.port == port:
+                (same if session.server_id == found.server_id and session.server_alive else stale).append(session)
+            else:
+                session.close()
+        for session in stale:
+            session._disable(1.0)
+            _synchronize_rcu()
+            session._remove()
+        if same and (found.attached or same[0].mode == mode == "store"):
+            return same[0]
+        if same:
+            # Pins without a module behind them: a start that was killed half-way.
+            same[0]._disable(1.0)
+            _synchronize_rcu()
+            same[0]._remove()
+            root = _enter_root()
+        if not root.exists():
+            root = _enter_root()
+        size = table_bytes if table_bytes is not None else table.auto(table.available())
+        return _start(found, root / found.server_id, table.plan(size), mode, made)
+
+
+def _check_coherent(found: target.Target) -> None:
+    where = f"{found.host}:{found.port}"
+    if not found.version.startswith("7.0."):
+        raise KflexError(
+            f"Redis {found.version} is not known good: the order of its event loop has not been checked",
+            where,
+            "use Redis 7.0 (Debian 12's redis-server)",
+        )
+    if found.module_abi is None:
+        raise KflexError(
+            "the server has not loaded kflex.so",
+            where,
+            f"put 'loadmodule {build.ensure().module}' into redis.conf and restart it",
+        )
+
+
+def _start(found: target.Target, pin_dir: Path, plan: table.Plan, mode: str, made: build.Built) -> Session:
+    if plan.bytes > table.available():
+        raise KflexError(
+            f"a table of {plan.bytes >> 20} MiB does not fit into {table.available() >> 20} MiB of free RAM",
+            "--table-size",
+            "choose a smaller one",
+        )
+    path = made.object(_OBJECT)
+    obj = Object.open(path)
+    session: Session | None = None
+    try:
+        pid = _server_pid(found, mode, obj.btf)
+        if not target.same_network(pid):
+            raise KflexError(
+                "the server runs in another network namespace", f"pid {pid}", "start the offload in that namespace"
+            )
+        started = target.start_time(pid)
+        obj.maps["heap"].set_max_entries(plan.chunks)
+        obj.maps["buckets"].set_max_entries(plan.buckets)
+        obj.maps["ring"].set_max_entries(plan.ring)
+        obj.set_rodata(
+            port=found.port,
+            netns_cookie=target.netns_cookie(),
+            bucket_mask=plan.buckets - 1,
+            ring_mask=plan.ring - 1,
+            heap_cells=plan.chunks * obj.btf.constants()["KFLEX_CHUNK_CELLS"],
+            store=mode == "store",
+        )
+        obj.load()
+        _pin_all(obj, pin_dir)
+        session = Session(pin_dir, obj.btf, obj)
+        _fill(session, obj, plan, found, mode, pid, started)
+        for name, map_name in _VERDICTS:
+            obj.programs[name].attach_map(obj.maps[map_name], AttachType.SK_MSG_VERDICT)
+        unread = obj.programs[_UNREAD].attach_iter(obj.maps["client_socks"])
+        unread.pin(pin_dir / _UNREAD)
+        unread.destroy()
+        session._attach_hooks()
+        if mode == "coherent":
+            fds = [obj.maps[name].fd for name in ("ctl", "heap", "buckets", "ring")]
+            answer = link.call(found.run_id, "KFLEX_ATTACH", obj.btf, fds)
+            link.require(answer, "attach")
+        return session
+    except BaseException:
+        (session or Session(pin_dir, obj.btf, obj))._remove()
+        raise
+
+
+def _server_pid(found: target.Target, mode: str, btf: Btf) -> int:
+    """The server's pid as we see it: INFO's may be of an inner pid namespace."""
+    if mode == "store":
+        return found.pid
+    try:
+        answer = link.call(found.run_id, "KFLEX_QUERY", btf)
+    except ConnectionError:
+        raise KflexError(
+            "the server's kflex.so cannot be reached",
+            f"{found.host}:{found.port}",
+            "it must run on this host and in this network namespace",
+        ) from None
+    link.require(answer, "talk to this toolkit")
+    if answer.attached:
+        raise KflexError(
+            "the server is attached to a table that is not pinned here",
+            f"pid {answer.pid}",
+            "stop the offload where it was started, or restart the server",
+        )
+    return answer.pid
+
+
+def _pin_all(obj: Object, pin_dir: Path) -> None:
+    for name in _MAPS:
+        obj.maps[name].pin(pin_dir / name)
+    for name, _ in _VERDICTS:
+        obj.programs[name].pin(pin_dir / name)
+
+
+def _fill(
+    session: Session, obj: Object, plan: table.Plan, found: target.Target, mode: str, pid: int, started: int
+) -> None:
+    const = obj.btf.constants()
+    ctl = session._ctl
+    ctl.magic, ctl.abi = const["KFLEX_MAGIC"], const["KFLEX_ABI"]
+    ctl.mode = const[f"KFLEX_MODE_{mode.upper()}"]
+    ctl.port, ctl.pid, ctl.tid, ctl.start_time = found.port, pid, pid, started
+    ctl.seed = secrets.randbits(64)
+    ctl.chunks, ctl.buckets, ctl.ring = plan.chunks, plan.buckets, plan.ring
+    ctl.cpus = min(_possible_cpus(), const["KFLEX_MAX_CPUS"])
+    ctl.bump = ctl.gen = 1
+    if mode == "store":
+        ctl.allow = const["KFLEX_ALLOW_GET"] | const["KFLEX_ALLOW_SET"]
+        ctl.gate = 1
+    else:
+        ctl.disabled = const["KFLEX_DETACHED"]
+    for i in range(const["KFLEX_MAX_CONNS"]):
+        obj.maps["free_conns"].push(struct.pack("I", i))
+    width = const["KFLEX_NAME"]
+    for name, bits in commands.flags(obj.btf.enum("kflex_cmd_flag")).items():
+        if len(name) < width:
+            obj.maps["commands"].update(name.encode().ljust(width, b"\0"), struct.pack("I", bits))
+
+
+def _possible_cpus() -> int:
+    return 1 + max(
+        int(part.rpartition("-")[2])
+        for part in Path("/sys/devices/system/cpu/possible").read_text().strip().split(",")
+    )
+
+
+# --- find --------------------------------------------------------------------------------------------------
+
+
+def attached() -> list[Session]:
+    """All sessions that are pinned on this host."""
+    root = _root()
+    if root is None or not root.exists():
+        return []
+    found = []
+    for path in sorted(root.iterdir()):
+        if path.name != _MOUNTED and path.is_dir():
+            found.append(Session(path, _btf()))
+    return found
+
+
+def find(port: int) -> Session | None:
+    """The session of ``port``, None if there is none."""
+    hit = None
+    for session in attached():
+        if session.port == port and hit is None:
+            hit = session
+        else:
+            session.close()
+    return hit
+
+
+def _btf() -> Btf:
+    from kflex_repro.bpf import btf
+
+    return btf.load(build.ensure().object(_OBJECT))
+
+
+# --- places and locks --------------------------------------------------------------------------------------
+
+
+def _root() -> Path | None:
+    mounted = fs.bpffs_root()
+    return mounted / _ROOT_NAME if mounted else None
+
+
+def _enter_root() -> Path:
+    """Our directory on bpffs; mounts bpffs where no one has."""
+    ours = fs.bpffs_root() is None
+    root = fs.ensure_bpffs() / _ROOT_NAME
+    root.mkdir(exist_ok=True)
+    if ours:
+        (root / _MOUNTED).mkdir()
+    return root
+
+
+def _leave_root(root: Path) -> None:
+    """Remove our directory when it is empty, and the mount if it was ours and nobody else uses it."""
+    if not root.exists() or any(path.name != _MOUNTED for path in root.iterdir()):
+        return
+    ours = (root / _MOUNTED).exists()
+    if ours:
+        (root / _MOUNTED).rmdir()
+    root.rmdir()
+    if ours and all(path.name in _PRELOADED for path in root.parent.iterdir()):
+        ctypes.CDLL(None).umount2(os.fsencode(root.parent), 2)  # MNT_DETACH: our own lock still holds it
+
+
+@contextlib.contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """One start or stop at a time on this host."""
+    try:
+        fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+    except FileNotFoundError:
+        yield
+        return
+    try:
+        deadline = time.monotonic() + 30
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise KflexError(
+                        "another offload start or stop is running", str(root), "wait until it has finished"
+                    ) from None
+                time.sleep(0.02)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _synchronize_rcu() -> None:
+    """MEMBARRIER_CMD_GLOBAL is synchronize_rcu() (kernel/sched/membarrier.c)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    sys_membarrier = {"x86_64": 324, "aarch64": 283}.get(os.uname().machine, 324)
+    if libc.syscall(sys_membarrier, 1, 0, 0) != 0:
+        time.sleep(0.1)  # no membarrier here: programs run for microseconds
+
+
+def _wait_gone(programs: list[int], timeout: float = 3.0) -> None:
+    """The kernel frees programs after a grace period: wait, so that whoever looks next sees none."""
+    from kflex_repro.bpf import libbpf
+
+    deadline = time.monotonic() + timeout
+    for number in programs:
+        while time.monotonic() < deadline:
+            fd = libbpf.library().bpf_prog_get_fd_by_id(number)
+            if fd < 0:
+                break
+            os.close(fd)
+            time.sleep(0.005)

@@ -1,0 +1,104 @@
+"""The redis-server at a port: is it there, is it one we know, is the module in it, which process is it."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from kflex_repro.errors import KflexError
+
+LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
+
+
+@dataclass(frozen=True)
+class Target:
+    """What INFO says of a server: ``module_abi`` is None without our module."""
+
+    host: str
+    port: int
+    version: str
+    run_id: str
+    pid: int
+    module_abi: int | None
+    attached: bool
+
+    @property
+    def server_id(self) -> str:
+        """Name of this incarnation: the directory of its pins."""
+        return f"{self.port}-{self.run_id[:12]}"
+
+
+def probe(port: int, host: str = "127.0.0.1", timeout: float = 3.0) -> Target:
+    """Ask the server at ``host:port`` who it is. KflexError in one line for whatever is not a usable Redis."""
+    where = f"{host}:{port}"
+    client = redis.Redis(
+        host=host,
+        port=port,
+        socket_timeout=timeout,
+        socket_connect_timeout=timeout,
+        retry=Retry(NoBackoff(), 0),
+        decode_responses=True,
+        protocol=2,
+    )
+    try:
+        server = client.info("server")
+        module = client.info("kflex")
+    except redis.exceptions.AuthenticationError as error:
+        raise KflexError(
+            f"the server wants a password ({error})", where, "the offload serves password-less servers so far"
+        ) from None
+    except redis.exceptions.TimeoutError:
+        raise KflexError(
+            f"no answer within {timeout:g} s", where, "is it busy, paused, or not a Redis (TLS port)?"
+        ) from None
+    except redis.exceptions.ConnectionError as error:
+        text = str(error)
+        if "refused" in text:
+            raise KflexError("nothing listens there", where, "start redis-server, or give its --port") from None
+        raise KflexError(
+            f"no plain Redis there: {text}", where, "TLS ports and other protocols cannot be offloaded"
+        ) from None
+    except (redis.exceptions.RedisError, ValueError) as error:
+        raise KflexError(f"not a Redis: {error}", where, "give the --port of a redis-server") from None
+    finally:
+        client.close()
+    if not isinstance(server, dict) or "redis_version" not in server or "run_id" not in server:
+        raise KflexError("not a Redis: INFO has no redis_version and run_id", where)
+    abi = module.get("kflex_abi") if isinstance(module, dict) else None
+    return Target(
+        host=host,
+        port=port,
+        version=str(server["redis_version"]),
+        run_id=str(server["run_id"]),
+        pid=int(server["process_id"]),
+        module_abi=int(abi) if abi is not None else None,
+        attached=bool(module.get("kflex_attached", 0)) if isinstance(module, dict) else False,
+    )
+
+
+def start_time(pid: int) -> int:
+    """Clock ticks from boot to the start of ``pid`` (/proc/PID/stat field 22); KflexError when it is gone."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        raise KflexError(f"no process {pid}", "/proc", "did the server end just now?") from None
+    return int(stat.rpartition(")")[2].split()[19])
+
+
+def same_network(pid: int) -> bool:
+    """Whether ``pid`` lives in our network namespace."""
+    try:
+        return Path(f"/proc/{pid}/ns/net").readlink() == Path("/proc/self/ns/net").readlink()
+    except OSError:
+        return False
+
+
+def netns_cookie() -> int:
+    """The kernel's cookie of our network namespace (SO_NETNS_COOKIE, Linux 5.14)."""
+    with socket.socket() as probe_socket:
+        return int.from_bytes(probe_socket.getsockopt(socket.SOL_SOCKET, 71, 8), "little")

@@ -1,0 +1,135 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+/*
+ * Bringing the kernel's SETs into Redis, in cuts.
+ *
+ * A cut is all SETs of one generation: what the kernel had accepted at one moment. It is applied as one MSET, so that
+ * the AOF and replicas only ever hold states that existed. Entries of a cut are PENDING from the copy until the MSET
+ * has run; a SET that comes meanwhile makes them DIRTY again, for the next cut.
+ */
+#include "kflex.h"
+
+#include <sched.h>
+#include <string.h>
+#include <unistd.h>
+
+
+/* Waits until no program is between accepting a SET and having it in the table. */
+static void wait_for_writers(void)
+{
+#ifndef KFLEX_BREAK_NO_WAIT
+	uint64_t began = 0;
+
+	__atomic_thread_fence(__ATOMIC_SEQ_CST);
+	for (uint32_t cpu = 0; cpu < K.ctl->cpus; cpu++) {
+		for (unsigned spins = 0; LOAD(K.ctl->cpu[cpu].active); spins++) {
+			if (!began)
+				began = now_ns();
+			/* A program may have been preempted, by us even: yielding lets it finish. */
+			if (spins > 1000)
+				usleep(20);
+			else if (spins > 50)
+				sched_yield();
+		}
+	}
+	if (began) {
+		uint64_t took = now_ns() - began;
+
+		if (took > K.ctl->wait_max)
+			K.ctl->wait_max = took;
+	}
+#endif
+}
+
+void kflex_close_gate(void)
+{
+	STORE(K.ctl->armed, 0);
+	STORE(K.ctl->gate, 0);
+	wait_for_writers();
+}
+
+/*
+ * Applies everything the kernel has accepted so far. With the GIL held; writers_running says whether the gate may be
+ * open (drain thread, main thread asleep) or is closed (main thread).
+ */
+void kflex_drain(RedisModuleCtx *ctx, int writers_running)
+{
+	struct kflex_ctl *ctl = K.ctl;
+	RedisModuleString **argv;
+	RedisModuleCallReply *reply;
+	uint32_t *cells, *orphans;
+	uint64_t end, pos, oldest, age;
+	size_t n = 0, norphans = 0;
+
+	if (LOAD(ctl->head) == ctl->tail)
+		return;
+	if (writers_running) {
+		/* Writers wait only for this flip, not for the copy: an entry of an older generation is not overwritten. */
+		STORE(ctl->hold, 1);
+		wait_for_writers();
+	}
+	end = LOAD(ctl->head);
+	oldest = ctl->oldest_ns;
+	ctl->oldest_ns = now_ns(); /* no SET of the next generation is older than this */
+	__atomic_fetch_add(&ctl->gen, 1, __ATOMIC_SEQ_CST);
+	if (writers_running)
+		STORE(ctl->hold, 0);
+
+	argv = RedisModule_Alloc((end - ctl->tail) * 2 * sizeof(*argv));
+	cells = RedisModule_Alloc((end - ctl->tail) * 2 * sizeof(*cells));
+	orphans = cells + (end - ctl->tail);
+	for (pos = ctl->tail; pos < end; pos++) {
+		uint64_t record = LOAD(K.ring[pos & (ctl->ring - 1)]);
+		uint32_t state, dirty = KFLEX_DIRTY;
+		struct kflex_entry *e;
+
+		if ((uint32_t)(record >> 32) != (uint32_t)pos)
+			continue;
+		e = kflex_entry_at((uint32_t)record);
+		state = LOAD(e->state);
+		/* Replaced in the same generation, freed and perhaps used anew: another record speaks for it. */
+		if (e->pos != (uint32_t)pos || (state != KFLEX_DIRTY && state != KFLEX_ORPHAN))
+			continue;
+		argv[2 * n] = RedisModule_CreateString(NULL, (char *)e->data, e->klen);
+		argv[2 * n + 1] = RedisModule_CreateString(NULL, (char *)e->data + ((e->klen + 7) & ~7), e->vlen);
+		if (state == KFLEX_ORPHAN ||
+		    !__atomic_compare_exchange_n(&e->state, &dirty, KFLEX_PENDING, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
+			orphans[norphans++] = (uint32_t)record;
+			cells[n++] = 0;
+		} else {
+			cells[n++] = (uint32_t)record;
+		}
+	}
+	STORE(ctl->tail, end);
+	ctl->pending = n;
+	if (n) {
+		K.applying = 1;
+		reply = RedisModule_Call(ctx, "MSET", "!v", argv, n * 2);
+		K.applying = 0;
+		if (!reply || RedisModule_CallReplyType(reply) == REDISMODULE_REPLY_ERROR) {
+			ctl->refused += n;
+			RedisModule_Log(ctx, "warning", "kflex: Redis refused %zu keys that the kernel had accepted", n);
+		}
+		if (reply)
+			RedisModule_FreeCallReply(reply);
+	}
+	for (size_t i = 0; i < n; i++) {
+		uint32_t pending = KFLEX_PENDING;
+
+		RedisModule_FreeString(NULL, argv[2 * i]);
+		RedisModule_FreeString(NULL, argv[2 * i + 1]);
+		if (cells[i])
+			__atomic_compare_exchange_n(&kflex_entry_at(cells[i])->state, &pending, KFLEX_CLEAN, 0, __ATOMIC_ACQ_REL,
+						    __ATOMIC_ACQUIRE);
+	}
+	for (size_t i = 0; i < norphans; i++)
+		kflex_cell_free(orphans[i]);
+	ctl->pending = 0;
+	ctl->drained += n;
+	ctl->cuts++;
+	age = now_ns() - oldest;
+	ctl->dirty_age_sum += age;
+	if (age > ctl->dirty_age_max)
+		ctl->dirty_age_max = age;
+	RedisModule_Free(argv);
+	RedisModule_Free(cells);
+}

@@ -1,0 +1,332 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+/*
+ * kflex.so - what Redis tells the table, and when.
+ *
+ *   loadmodule kflex.so [drain-us N] [set-offload yes|no]
+ *
+ * The event loop's callbacks close the gate and drain (AFTER_SLEEP) and populate and arm (BEFORE_SLEEP); keyspace
+ * events forget what a command changed; flushes, swaps and loads forget everything. Why each is where it is:
+ * docs/offload.md.
+ */
+#include "kflex.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <unistd.h>
+
+
+struct kflex_module K;
+
+/* Copies the keys that GETs have just missed: strings without a TTL, in database 0. */
+static void populate(RedisModuleCtx *ctx)
+{
+	for (int i = 0; i < K.nremembered; i++) {
+		const char *name = K.remembered[i].key;
+		size_t len = K.remembered[i].len, vlen;
+		RedisModuleString *key = RedisModule_CreateString(ctx, name, len);
+		RedisModuleKey *k = RedisModule_OpenKey(ctx, key, REDISMODULE_READ | REDISMODULE_OPEN_KEY_NOTOUCH);
+		RedisModuleCallReply *reply;
+		const char *value;
+		int fits = k && RedisModule_KeyType(k) == REDISMODULE_KEYTYPE_STRING &&
+			   RedisModule_GetExpire(k) == REDISMODULE_NO_EXPIRE && RedisModule_ValueLength(k) <= KFLEX_MAX_VALUE;
+
+		if (k)
+			RedisModule_CloseKey(k);
+		if (fits) {
+			/* Not StringDMA: that would turn int and embstr encodings into raw for good. */
+			reply = RedisModule_Call(ctx, "GET", "s", key);
+			value = reply ? RedisModule_CallReplyStringPtr(reply, &vlen) : NULL;
+			/* PFCOUNT changes a HyperLogLog's bytes without an event. */
+			if (value && !(vlen >= 4 && !memcmp(value, "HYLL", 4)))
+				K.ctl->populated += (uint64_t)kflex_insert_clean(name, len, value, vlen);
+			if (reply)
+				RedisModule_FreeCallReply(reply);
+		}
+		RedisModule_FreeString(ctx, key);
+	}
+	K.nremembered = 0;
+}
+
+static void before_sleep(RedisModuleCtx *ctx)
+{
+	if (K.recheck) {
+		K.recheck = 0;
+		kflex_rules_check(ctx);
+	}
+	if (K.nremembered)
+		populate(ctx);
+	K.armed_ns = now_ns();
+#ifdef KFLEX_BREAK_EARLY_GATE
+	STORE(K.ctl->gate, K.ctl->allow ? 1 : 0);
+#else
+	STORE(K.ctl->armed, 1);
+#endif
+}
+
+static void after_sleep(RedisModuleCtx *ctx)
+{
+	uint64_t now;
+
+	if (K.ctl->gate && K.armed_ns) {
+		now = now_ns();
+		K.ctl->open_ns += now - K.armed_ns;
+		K.ctl->total_ns = now - K.attached_ns;
+	}
+	K.ctl->sleeps++;
+	kflex_close_gate();
+#ifndef KFLEX_BREAK_NO_DRAIN
+	kflex_drain(ctx, 0);
+#endif
+}
+
+static void on_event_loop(RedisModuleCtx *ctx, RedisModuleEvent e, uint64_t sub, void *data)
+{
+	(void)e;
+	(void)data;
+	if (!K.attached)
+		return;
+	if (sub == REDISMODULE_SUBEVENT_EVENTLOOP_BEFORE_SLEEP)
+		before_sleep(ctx);
+	else
+		after_sleep(ctx);
+}
+
+static void on_filter(RedisModuleCommandFilterCtx *f)
+{
+	const char *name, *arg = "";
+	size_t len, arglen = 0;
+	int argc;
+
+	if (!K.attached)
+		return;
+#ifndef KFLEX_BREAK_EARLY_GATE
+	STORE(K.ctl->armed, 0);
+	if (K.ctl->gate) {
+		/* Must not be: a command is about to run while SETs are accepted. */
+		K.ctl->open_commands++;
+		kflex_close_gate();
+		kflex_drain(K.ctx, 0);
+	}
+#endif
+	argc = RedisModule_CommandFilterArgsCount(f);
+	name = RedisModule_StringPtrLen(RedisModule_CommandFilterArgGet(f, 0), &len);
+	if (argc > 1)
+		arg = RedisModule_StringPtrLen(RedisModule_CommandFilterArgGet(f, 1), &arglen);
+	if (len == 3 && argc == 2 && !strncasecmp(name, "get", 3)) {
+		if (K.nremembered < KFLEX_MAX_REMEMBERED && arglen <= KFLEX_MAX_KEY) {
+			K.remembered[K.nremembered].len = (uint16_t)arglen;
+			memcpy(K.remembered[K.nremembered++].key, arg, arglen);
+		}
+		return;
+	}
+	if (K.queued_admin && len == 4 && !strncasecmp(name, "exec", 4)) {
+		K.recheck = 1;
+		kflex_rules_add(KFLEX_RULE_RECHECK);
+		return;
+	}
+	/* Only names that begin like an administrative one are worth the comparison. */
+	if (len < 3 || !memchr("acrsdfmbpACRSDFMBP", name[0], 18) || !kflex_is_admin(name, len, arg, arglen))
+		return;
+	if (!strncasecmp(name, "monitor", len))
+		K.monitor_possible = 1;
+	K.queued_admin = 1;
+	K.recheck = 1;
+	kflex_rules_add(KFLEX_RULE_RECHECK);
+}
+
+static int on_keyspace(RedisModuleCtx *ctx, int type, const char *event, RedisModuleString *key)
+{
+	const char *name;
+	size_t len;
+
+	(void)ctx;
+	(void)type;
+	(void)event;
+	if (!K.attached)
+		return REDISMODULE_OK;
+#ifndef KFLEX_BREAK_NO_INVALIDATE
+	name = RedisModule_StringPtrLen(key, &len);
+	kflex_invalidate(name, len);
+#else
+	(void)name;
+	(void)len;
+	(void)key;
+#endif
+	return REDISMODULE_OK;
+}
+
+/* FLUSHALL, FLUSHDB, SWAPDB, DEBUG RELOAD, a replica's full synchronisation: no event for each key. */
+static void on_epoch(RedisModuleCtx *ctx, RedisModuleEvent e, uint64_t sub, void *data)
+{
+	(void)ctx;
+	(void)e;
+	(void)sub;
+	(void)data;
+	if (!K.attached)
+		return;
+	__atomic_fetch_add(&K.ctl->epoch, 1, __ATOMIC_SEQ_CST);
+	K.ctl->epoch_bumps++;
+	K.nremembered = 0;
+}
+
+/* Role, replicas, configuration, modules: the rules may have changed. */
+static void on_change(RedisModuleCtx *ctx, RedisModuleEvent e, uint64_t sub, void *data)
+{
+	if (!K.attached)
+		return;
+	if (e.id == REDISMODULE_EVENT_REPLICATION_ROLE_CHANGED)
+		on_epoch(ctx, e, sub, data);
+	K.recheck = 1;
+	kflex_rules_add(KFLEX_RULE_RECHECK);
+}
+
+static void on_cron(RedisModuleCtx *ctx, RedisModuleEvent e, uint64_t sub, void *data)
+{
+	uint64_t used;
+
+	(void)ctx;
+	(void)e;
+	(void)sub;
+	(void)data;
+	if (!K.attached)
+		return;
+	/* Some rules change without a command: a save fails, a pause ends, a tracking client leaves. */
+	K.recheck = 1;
+	used = LOAD(K.ctl->bump) * 8 / KFLEX_CHUNK_CELLS;
+	if (used >= 7ull * K.ctl->chunks)
+		kflex_sweep(K.ctl->buckets < 4096 ? K.ctl->buckets : 4096);
+}
+
+static void on_shutdown(RedisModuleCtx *ctx, RedisModuleEvent e, uint64_t sub, void *data)
+{
+	(void)e;
+	(void)sub;
+	(void)data;
+	kflex_detach(ctx, KFLEX_UNLOADED);
+}
+
+static uint64_t total(enum kflex_stat what)
+{
+	uint64_t sum = 0;
+
+	for (uint32_t cpu = 0; cpu < K.ctl->cpus; cpu++)
+		sum += K.ctl->cpu[cpu].stat[what];
+	return sum;
+}
+
+static void on_info(RedisModuleInfoCtx *info, int crash)
+{
+	static const char *const why[] = {
+		[KFLEX_STAT_WHY_OFF] = "passed_off",	       [KFLEX_STAT_WHY_NEW] = "passed_new",
+		[KFLEX_STAT_WHY_UNANSWERED] = "passed_unanswered", [KFLEX_STAT_WHY_UNREAD] = "passed_unread",
+		[KFLEX_STAT_WHY_MULTI] = "passed_multi",       [KFLEX_STAT_WHY_OTHER] = "passed_other",
+		[KFLEX_STAT_WHY_SIZE] = "passed_size",	       [KFLEX_STAT_WHY_MISS] = "passed_miss",
+		[KFLEX_STAT_WHY_GATE] = "passed_gate",	       [KFLEX_STAT_WHY_HELD] = "passed_held",
+		[KFLEX_STAT_WHY_LOCKED] = "passed_locked",     [KFLEX_STAT_WHY_FULL] = "passed_full",
+		[KFLEX_STAT_WHY_NOMEM] = "passed_nomem",       [KFLEX_STAT_WHY_BACKLOG] = "passed_backlog",
+		[KFLEX_STAT_WHY_CLOSING] = "passed_closing",   [KFLEX_STAT_WHY_DEMOTED] = "passed_demoted",
+	};
+
+	RedisModule_InfoAddSection(info, "");
+	RedisModule_InfoAddFieldULongLong(info, "abi", KFLEX_ABI);
+	RedisModule_InfoAddFieldLongLong(info, "attached", K.attached);
+	/* A crash report, or a forked child: the mapping may not be there. */
+	if (crash || !K.attached || getpid() != K.pid)
+		return;
+	RedisModule_InfoAddFieldULongLong(info, "allow", K.ctl->allow);
+	RedisModule_InfoAddFieldULongLong(info, "rules", K.ctl->rules);
+	RedisModule_InfoAddFieldULongLong(info, "served_get", total(KFLEX_STAT_SERVED_GET));
+	RedisModule_InfoAddFieldULongLong(info, "served_set", total(KFLEX_STAT_SERVED_SET));
+	RedisModule_InfoAddFieldULongLong(info, "passed", total(KFLEX_STAT_PASSED));
+	for (unsigned i = 0; i < sizeof(why) / sizeof(*why); i++)
+		if (why[i])
+			RedisModule_InfoAddFieldULongLong(info, (char *)why[i], total(i));
+	RedisModule_InfoAddFieldULongLong(info, "connections_demoted", total(KFLEX_STAT_DEMOTED));
+	RedisModule_InfoAddFieldULongLong(info, "connections_paired", total(KFLEX_STAT_PAIRED));
+	RedisModule_InfoAddFieldULongLong(info, "lost_replies", total(KFLEX_STAT_LOST));
+	RedisModule_InfoAddFieldULongLong(info, "dirty", LOAD(K.ctl->head) - K.ctl->tail);
+	RedisModule_InfoAddFieldULongLong(info, "pending", K.ctl->pending);
+	RedisModule_InfoAddFieldULongLong(info, "drained", K.ctl->drained);
+	RedisModule_InfoAddFieldULongLong(info, "cuts", K.ctl->cuts);
+	RedisModule_InfoAddFieldULongLong(info, "refused", K.ctl->refused);
+	RedisModule_InfoAddFieldULongLong(info, "dirty_age_us_max", K.ctl->dirty_age_max / 1000);
+	RedisModule_InfoAddFieldULongLong(info, "dirty_age_us_avg",
+					  K.ctl->cuts ? K.ctl->dirty_age_sum / K.ctl->cuts / 1000 : 0);
+	RedisModule_InfoAddFieldULongLong(info, "populated", K.ctl->populated);
+	RedisModule_InfoAddFieldULongLong(info, "invalidated", K.ctl->invalidated);
+	RedisModule_InfoAddFieldULongLong(info, "evicted", K.ctl->evicted + total(KFLEX_STAT_EVICTED));
+	RedisModule_InfoAddFieldULongLong(info, "epoch_bumps", K.ctl->epoch_bumps);
+	RedisModule_InfoAddFieldULongLong(info, "open_commands", K.ctl->open_commands);
+	RedisModule_InfoAddFieldULongLong(info, "writer_wait_us_max", K.ctl->wait_max / 1000);
+	RedisModule_InfoAddFieldULongLong(info, "gate_opened_by_reply", total(KFLEX_STAT_GATE_REPLY));
+	RedisModule_InfoAddFieldULongLong(info, "gate_opened_by_sleep", total(KFLEX_STAT_GATE_SLEEP));
+	RedisModule_InfoAddFieldDouble(info, "gate_open_ratio",
+				       K.ctl->total_ns ? (double)K.ctl->open_ns / (double)K.ctl->total_ns : 0);
+	RedisModule_InfoAddFieldULongLong(info, "table_bytes_used", LOAD(K.ctl->bump) * KFLEX_CELL);
+}
+
+static int read_arguments(RedisModuleCtx *ctx, RedisModuleString **argv, int argc)
+{
+	K.drain_us = 1000;
+	K.set_offload = 1;
+	for (int i = 0; i < argc; i += 2) {
+		const char *name = RedisModule_StringPtrLen(argv[i], NULL);
+		const char *value = i + 1 < argc ? RedisModule_StringPtrLen(argv[i + 1], NULL) : "";
+		char *end;
+
+		if (!strcasecmp(name, "drain-us")) {
+			K.drain_us = strtol(value, &end, 10);
+			if (*end || K.drain_us < 50 || K.drain_us > 15000) {
+				RedisModule_Log(ctx, "warning", "kflex: drain-us takes 50 to 15000, not '%s'", value);
+				return -1;
+			}
+		} else if (!strcasecmp(name, "set-offload") && (!strcasecmp(value, "yes") || !strcasecmp(value, "no"))) {
+			K.set_offload = !strcasecmp(value, "yes");
+		} else {
+			RedisModule_Log(ctx, "warning", "kflex: unknown argument '%s %s'; known: drain-us N, set-offload yes|no", name,
+					value);
+			return -1;
+		}
+	}
+	return 0;
+}
+
+int RedisModule_OnLoad(RedisModuleCtx *ctx, RedisModuleString **argv, int argc)
+{
+	static const RedisModuleEvent *const epoch[] = { &RedisModuleEvent_FlushDB, &RedisModuleEvent_SwapDB,
+							 &RedisModuleEvent_Loading };
+	static const RedisModuleEvent *const change[] = { &RedisModuleEvent_ReplicationRoleChanged,
+							  &RedisModuleEvent_ReplicaChange, &RedisModuleEvent_Config,
+							  &RedisModuleEvent_ModuleChange };
+
+	if (RedisModule_Init(ctx, "kflex", KFLEX_ABI, REDISMODULE_APIVER_1) == REDISMODULE_ERR)
+		return REDISMODULE_ERR;
+	K.pid = getpid();
+	if (read_arguments(ctx, argv, argc))
+		return REDISMODULE_ERR;
+	if (RedisModule_SubscribeToServerEvent(ctx, RedisModuleEvent_EventLoop, on_event_loop) != REDISMODULE_OK) {
+		RedisModule_Log(ctx, "warning", "kflex: this server has no event loop events (Redis 7.0 and newer have)");
+		return REDISMODULE_ERR;
+	}
+	for (unsigned i = 0; i < sizeof(epoch) / sizeof(*epoch); i++)
+		RedisModule_SubscribeToServerEvent(ctx, *epoch[i], on_epoch);
+	for (unsigned i = 0; i < sizeof(change) / sizeof(*change); i++)
+		RedisModule_SubscribeToServerEvent(ctx, *change[i], on_change);
+	RedisModule_SubscribeToServerEvent(ctx, RedisModuleEvent_CronLoop, on_cron);
+	RedisModule_SubscribeToServerEvent(ctx, RedisModuleEvent_Shutdown, on_shutdown);
+	RedisModule_SubscribeToKeyspaceEvents(ctx, REDISMODULE_NOTIFY_ALL | REDISMODULE_NOTIFY_NEW | REDISMODULE_NOTIFY_MODULE,
+					      on_keyspace);
+	/* Our own calls (drain, populate, rules) are no news to the filter. */
+	if (!RedisModule_RegisterCommandFilter(ctx, on_filter, REDISMODULE_CMDFILTER_NOSELF))
+		return REDISMODULE_ERR;
+	RedisModule_RegisterInfoFunc(ctx, on_info);
+	return kflex_link_start(ctx) ? REDISMODULE_ERR : REDISMODULE_OK;
+}
+
+int RedisModule_OnUnload(RedisModuleCtx *ctx)
+{
+	kflex_link_stop();
+	kflex_detach(ctx, KFLEX_UNLOADED);
+	return REDISMODULE_OK;
+}

@@ -1,0 +1,94 @@
+/* SPDX-License-Identifier: BSD-3-Clause */
+/* kflex.so - the Redis module that keeps the kernel's table and Redis's keyspace one. See docs/offload.md. */
+#ifndef KFLEX_MODULE_H
+#define KFLEX_MODULE_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE /* before any header: kflex.h comes first in each file */
+#endif
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <time.h>
+
+#include "abi.h"
+#include "hash.h"
+#include "redismodule.h"
+
+#define KFLEX_MAX_REMEMBERED 256
+
+/* Everything here is touched only by who holds the module GIL (the main thread while it runs), unless it says otherwise. */
+struct kflex_module {
+	int attached;
+	pid_t pid; /* a forked child shares this struct, but not the mappings */
+
+	struct kflex_ctl *ctl;
+	uint8_t *heap;
+	struct kflex_bucket *buckets;
+	uint64_t *ring;
+	size_t heap_bytes, bucket_bytes, ring_bytes;
+
+	int applying;	      /* a cut of ours is being applied: its own events are not news */
+	int recheck;	      /* the rules must be looked at before the gate may open again */
+	int queued_admin;     /* an administrative command went into a transaction */
+	int monitor_possible; /* a MONITOR was seen and not yet found gone */
+	int sleeps_since_check;
+	uint64_t attached_ns, armed_ns;
+	uint32_t sweep; /* next bucket to look at for entries to reclaim */
+	uint32_t swept_epoch;
+
+	struct {
+		uint16_t len;
+		char key[KFLEX_MAX_KEY];
+	} remembered[KFLEX_MAX_REMEMBERED]; /* keys of GETs that Redis answered in this iteration */
+	int nremembered;
+
+	int set_offload;   /* module argument set-offload */
+	long drain_us;	   /* module argument drain-us: pause between cuts while there is work */
+	char run_id[64];
+
+	/* the link and drain thread */
+	pthread_t thread;
+	int listen_fd, wake_fd;
+	atomic_int stop;
+	RedisModuleCtx *ctx; /* detached; used with the GIL held */
+};
+
+extern struct kflex_module K;
+
+static inline uint64_t now_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+#define LOAD(x) __atomic_load_n(&(x), __ATOMIC_ACQUIRE)
+#define STORE(x, v) __atomic_store_n(&(x), (v), __ATOMIC_RELEASE)
+
+/* table.c */
+struct kflex_entry *kflex_entry_at(uint32_t cell);
+void kflex_table_reset(void);
+void kflex_invalidate(const char *key, size_t len);
+int kflex_insert_clean(const char *key, size_t klen, const char *value, size_t vlen);
+void kflex_cell_free(uint32_t cell);
+void kflex_sweep(uint32_t buckets);
+
+/* drain.c */
+void kflex_close_gate(void);
+void kflex_drain(RedisModuleCtx *ctx, int writers_running);
+
+/* rules.c */
+void kflex_rules_check(RedisModuleCtx *ctx);
+void kflex_rules_add(unsigned rule);
+int kflex_is_admin(const char *name, size_t len, const char *sub, size_t sublen);
+
+/* link.c */
+int kflex_link_start(RedisModuleCtx *ctx);
+void kflex_link_stop(void);
+void kflex_detach(RedisModuleCtx *ctx, unsigned why);
+
+#endif
