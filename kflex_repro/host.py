@@ -1,7 +1,7 @@
-"""Facts about this machine, frozen, each found by a real probe; what they are for, how to get what is missing.
+"""Facts about this machine, each found by a real probe; what they are for, how to get what is missing.
 
-``facts()`` are the rows of ``kflex-repro doctor``; ``fact(key)`` is one of them; ``summary()`` is what a result
-records about the machine. Probes run once in a process and leave nothing behind.
+``facts()`` are the rows of ``kflex-repro doctor``; ``fact(key)`` is one of them; ``summary()`` is what a
+result records about the machine. Probes run once in a process and leave nothing behind.
 """
 
 from __future__ import annotations
@@ -411,7 +411,10 @@ def fact(key: str) -> Fact:
     row = next((row for row in _rows() if row.key == key), None)
     if row is None:
         raise KeyError(key)
-    found = row.find()
+    try:
+        found = row.find()
+    except OSError as error:
+        found = _Finding("missing", str(error), "run as root, with /proc and /sys mounted")
     # What the default job does without cannot be missing, only weaken something else.
     state: State = "degraded" if found.state == "missing" and not row.required else found.state
     return Fact(

@@ -41,6 +41,8 @@ from kflex_repro.errors import KflexError
 ) = range(1, 20)
 _TRANSPARENT = frozenset({_TYPEDEF, _VOLATILE, _CONST, _RESTRICT, _TYPE_TAG})
 _MAGIC = 0xEB9F
+# Chains of typedefs and qualifiers are short; a longer one is a circle in damaged data.
+_DEPTH = 64
 
 _UNSIGNED = {1: c.c_uint8, 2: c.c_uint16, 4: c.c_uint32, 8: c.c_uint64, 16: c.c_uint64 * 2}
 _SIGNED = {1: c.c_int8, 2: c.c_int16, 4: c.c_int32, 8: c.c_int64, 16: c.c_int64 * 2}
@@ -122,14 +124,14 @@ class Btf:
 
     def struct(self, name: str) -> type[c.Structure]:
         """The ctypes class of ``struct name`` (or of a typedef to a struct)."""
-        made = self._class(self._strip(self._named(name, _STRUCT, _TYPEDEF)))
+        made = self._checked(self._named(name, _STRUCT, _TYPEDEF))
         if not (isinstance(made, type) and issubclass(made, c.Structure)):
             raise KflexError(f"{name} is not a struct", self.where)
         return made
 
     def union(self, name: str) -> type[c.Union]:
         """The ctypes class of ``union name``."""
-        made: type[c.Union] = self._class(self._named(name, _UNION))
+        made: type[c.Union] = self._checked(self._named(name, _UNION))
         return made
 
     def enum(self, name: str) -> dict[str, int]:
@@ -156,15 +158,33 @@ class Btf:
 
     # --- types to classes ----------------------------------------------------------------------------------
 
+    def _checked(self, number: int) -> Any:
+        try:
+            return self._class(number)
+        except (
+            IndexError,
+            KeyError,
+            TypeError,
+            ValueError,
+            OverflowError,
+            MemoryError,
+            RecursionError,
+        ) as error:
+            raise KflexError(
+                f"damaged BTF: {type(error).__name__} {error}", self.where, "run `kflex-repro build --force`"
+            ) from None
+
     def _strip(self, number: int) -> int:
-        while self._types[number].kind in _TRANSPARENT:
+        for _ in range(_DEPTH):
+            if self._types[number].kind not in _TRANSPARENT:
+                return number
             number = self._types[number].size_or_type
-        return number
+        raise ValueError("endless chain of typedefs")
 
     def _class(self, number: int) -> Any:
         number = self._strip(number)
         if number not in self._classes:
-            # A struct can only contain itself through a pointer, and those are not followed: no cycle here.
+            # A struct can only contain itself through a pointer, not followed here: cycles are damage.
             self._classes[number] = self._make(number)
         return self._classes[number]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 from pathlib import Path
 
 from kflex_repro.bpf import libbpf
@@ -18,7 +19,8 @@ def mounts(fstype: str) -> list[Path]:
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         fields = line.split()
         if fields[fields.index("-") + 1] == fstype:
-            point = Path(fields[4].encode().decode("unicode_escape"))
+            # Spaces and the like are written as octal escapes.
+            point = Path(re.sub(r"\\([0-7]{3})", lambda match: chr(int(match.group(1), 8)), fields[4]))
             if point not in found:
                 found.append(point)
     return found

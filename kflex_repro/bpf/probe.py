@@ -1,7 +1,7 @@
 """What this kernel lets us do with BPF, each found out by doing it.
 
-A probe loads a two-instruction program, attaches it where it touches nothing of anybody's, and takes it off again.
-It returns a few words for the report, or raises KflexError.
+A probe loads a two-instruction program, attaches it where it touches nothing of anybody's, and takes it off
+again. It returns a few words for the report, or raises KflexError.
 """
 
 from __future__ import annotations

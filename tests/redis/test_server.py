@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +17,7 @@ import redis
 from kflex_repro.errors import KflexError, Unavailable
 from kflex_repro.redis import server
 from kflex_repro.redis.server import ManagedServer
+from tests.conftest import require
 
 
 def gone(pid: int) -> bool:
@@ -108,21 +111,15 @@ def test_the_server_dies_with_the_toolkit() -> None:
     try:
         toolkit.kill()
         toolkit.wait()
-        import select
-
         assert select.select([pidfd], [], [], 10)[0], "the redis-server outlived the killed toolkit"
     finally:
         os.close(pidfd)
         if not gone(int(pid)):
             os.kill(int(pid), signal.SIGKILL)
-        import shutil
-
         shutil.rmtree(home, ignore_errors=True)
 
 
 def test_in_a_network_namespace() -> None:
-    from tests.conftest import require
-
     require("root")
     name = f"kflex-test-{os.getpid()}"
     subprocess.run(["ip", "netns", "add", name], check=True)
