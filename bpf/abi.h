@@ -62,17 +62,17 @@ enum kflex_stat {
 
 /* Why SET, or everything, is not offloaded now (struct kflex_ctl.rules, a bit each). */
 enum kflex_rule {
-	KFLEX_RULE_VERSION,	    /* server version not known good: nothing */
-	KFLEX_RULE_MODULE,	    /* another module is loaded: nothing */
-	KFLEX_RULE_CLUSTER,	    /* cluster mode: nothing */
-	KFLEX_RULE_REPLICA,	    /* is a replica: nothing */
-	KFLEX_RULE_AUTH,	    /* default user is not nopass ~* &* +@all: nothing */
-	KFLEX_RULE_RENAMED,	    /* GET or SET renamed or disabled: nothing */
-	KFLEX_RULE_TIMEOUT,	    /* timeout != 0: nothing */
-	KFLEX_RULE_MONITOR,	    /* a MONITOR client: nothing */
-	KFLEX_RULE_PAUSED,	    /* CLIENT PAUSE or FAILOVER: nothing */
-	KFLEX_RULE_LOADING,	    /* loading a dataset: nothing */
-	KFLEX_RULE_RECHECK,	    /* an administrative command is running: nothing */
+	KFLEX_RULE_VERSION, /* server version not known good: nothing */
+	KFLEX_RULE_MODULE,  /* another module is loaded: nothing */
+	KFLEX_RULE_CLUSTER, /* cluster mode: nothing */
+	KFLEX_RULE_REPLICA, /* is a replica: nothing */
+	KFLEX_RULE_AUTH,    /* default user is not nopass ~* &* +@all: nothing */
+	KFLEX_RULE_RENAMED, /* GET or SET renamed or disabled: nothing */
+	KFLEX_RULE_TIMEOUT, /* timeout != 0: nothing */
+	KFLEX_RULE_MONITOR, /* a MONITOR client: nothing */
+	KFLEX_RULE_PAUSED,  /* CLIENT PAUSE or FAILOVER: nothing */
+	KFLEX_RULE_LOADING, /* loading a dataset: nothing */
+	KFLEX_RULE_RECHECK, /* an administrative command is running: nothing */
 	/* These forbid SET only. */
 	KFLEX_RULE_APPENDFSYNC = 16, /* appendonly yes with appendfsync always */
 	KFLEX_RULE_MAXMEMORY,
@@ -92,18 +92,18 @@ enum kflex_allow { KFLEX_ALLOW_GET = 1, KFLEX_ALLOW_SET = 2 };
 /* Why the disable word is set. */
 enum kflex_disable {
 	KFLEX_ON = 0,
-	KFLEX_DETACHED = 1,	/* no module has taken the table yet, or it has given it back */
-	KFLEX_STOPPING = 2,	/* offload stop */
-	KFLEX_SERVER_GONE = 3,	/* the main thread of the server has ended or called exec */
-	KFLEX_UNLOADED = 4,	/* module unloaded or server shutting down */
+	KFLEX_DETACHED = 1,    /* no module has taken the table yet, or it has given it back */
+	KFLEX_STOPPING = 2,    /* offload stop */
+	KFLEX_SERVER_GONE = 3, /* the main thread of the server has ended or called exec */
+	KFLEX_UNLOADED = 4,    /* module unloaded or server shutting down */
 };
 
 enum kflex_state {
 	KFLEX_FREE,
-	KFLEX_CLEAN,	/* same as in Redis */
-	KFLEX_PENDING,	/* copied into a cut that is not in Redis (later: not in the AOF) yet */
-	KFLEX_DIRTY,	/* accepted by the kernel, in no cut yet */
-	KFLEX_ORPHAN,	/* unlinked by a newer SET while a cut was due: the drainer applies and frees it */
+	KFLEX_CLEAN,   /* same as in Redis */
+	KFLEX_PENDING, /* copied into a cut that is not in Redis (later: not in the AOF) yet */
+	KFLEX_DIRTY,   /* accepted by the kernel, in no cut yet */
+	KFLEX_ORPHAN,  /* unlinked by a newer SET while a cut was due: the drainer applies and frees it */
 };
 
 /* A value and its key. At least two cells; the key follows the head, padded to 8 bytes, then the value. */
@@ -148,16 +148,16 @@ struct kflex_cpu {
 struct kflex_ctl {
 	__u32 magic;
 	__u32 abi;
-	__u32 mode;	   /* enum kflex_mode */
-	__u32 pid;	   /* of the server, in the initial pid namespace */
-	__u32 tid;	   /* its main thread */
+	__u32 mode; /* enum kflex_mode */
+	__u32 pid;  /* of the server, in the initial pid namespace */
+	__u32 tid;  /* its main thread */
 	__u32 port;
-	__u64 start_time;  /* of the server's main thread, clock ticks since boot (/proc/PID/stat field 22) */
-	__u64 seed;	   /* of the key hash */
-	__u32 chunks;	   /* heap map elements */
-	__u32 buckets;	   /* power of two */
-	__u32 ring;	   /* power of two */
-	__u32 cpus;	   /* possible CPUs */
+	__u64 start_time; /* of the server's main thread, clock ticks since boot (/proc/PID/stat field 22) */
+	__u64 seed;	  /* of the key hash */
+	__u32 chunks;	  /* heap map elements */
+	__u32 buckets;	  /* power of two */
+	__u32 ring;	  /* power of two */
+	__u32 cpus;	  /* possible CPUs */
 
 	__u32 disabled __attribute__((aligned(64))); /* enum kflex_disable */
 	__u32 allow;				     /* enum kflex_allow bits */
@@ -188,12 +188,12 @@ struct kflex_ctl {
 	__u64 open_commands; /* commands seen with the gate open: must stay 0 */
 	__u64 dirty_age_max;
 	__u64 dirty_age_sum;
-	__u64 wait_max;	 /* longest wait for active programs */
-	__u64 open_ns;	 /* time with the gate open, as the main thread sees it */
-	__u64 total_ns;	 /* time since attach that open_ns refers to */
-	__u64 refused;	 /* drained SETs that Redis refused: must stay 0 */
-	__u64 evicted;	 /* clean entries reclaimed by the module */
-	__u64 sleeps;	 /* iterations of the event loop */
+	__u64 wait_max; /* longest wait for active programs */
+	__u64 open_ns;	/* time with the gate open, as the main thread sees it */
+	__u64 total_ns; /* time since attach that open_ns refers to */
+	__u64 refused;	/* drained SETs that Redis refused: must stay 0 */
+	__u64 evicted;	/* clean entries reclaimed by the module */
+	__u64 sleeps;	/* iterations of the event loop */
 
 	/* Crash recovery (its fields are here so that adding it needs no other layout). */
 	__u64 journal_cut __attribute__((aligned(64))); /* newest cut known to be in the AOF */
@@ -235,14 +235,14 @@ struct kflex_parser {
 	__u32 skip;	 /* bulk bytes (CRLF included) still to come */
 	__u32 remaining; /* elements still to come of the current frame */
 	__u32 num;
-	__u32 argn;   /* requests: bulk strings seen */
+	__u32 argn; /* requests: bulk strings seen */
 	__u32 argc;
 	__u32 frames; /* complete frames */
 	__u8 st;
 	__u8 type;
 	__u8 neg;
-	__u8 push;  /* replies: the frame is a push, not a reply */
-	__u8 cmd;   /* requests: enum kflex_cmd_flag of the command */
+	__u8 push; /* replies: the frame is a push, not a reply */
+	__u8 cmd;  /* requests: enum kflex_cmd_flag of the command */
 	__u8 rsvd[3];
 };
 
@@ -280,7 +280,7 @@ struct kflex_conn {
 	/* server's program */
 	__u32 sflags __attribute__((aligned(64)));
 	__u32 replies;
-	__u32 s_wseq;  /* server's write_seq after its last reply */
+	__u32 s_wseq; /* server's write_seq after its last reply */
 	__u32 s_expect;
 	struct kflex_parser rep;
 	/* sockops */
@@ -300,7 +300,7 @@ struct kflex_conn {
 };
 
 enum kflex_cmd_flag {
-	KFLEX_CMD_OK = 1,     /* one reply, no effect on the connection */
+	KFLEX_CMD_OK = 1, /* one reply, no effect on the connection */
 	KFLEX_CMD_MULTI = 2,
 	KFLEX_CMD_END = 4,    /* EXEC, DISCARD */
 	KFLEX_CMD_SUB = 8,    /* look at the subcommand */

@@ -14,8 +14,8 @@
 #define TASK_INTERRUPTIBLE 1
 
 #if defined(__TARGET_ARCH_x86)
-#define SYS_EPOLL_WAIT 232
-#define SYS_EPOLL_PWAIT 281
+#define SYS_EPOLL_WAIT	 232
+#define SYS_EPOLL_PWAIT	 281
 #define SYS_EPOLL_PWAIT2 441
 #define SYSCALL_NR(regs) ((regs)->orig_ax)
 #else

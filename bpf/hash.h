@@ -25,32 +25,32 @@ static inline __attribute__((always_inline)) __u32 kflex_cells(__u32 klen, __u32
 
 static inline __attribute__((always_inline)) __u32 kflex_class(__u32 cells)
 {
-	return cells <= 2  ? 0 :
-	       cells <= 3  ? 1 :
-	       cells <= 4  ? 2 :
-	       cells <= 6  ? 3 :
-	       cells <= 8  ? 4 :
-	       cells <= 12 ? 5 :
-	       cells <= 16 ? 6 :
-	       cells <= 24 ? 7 :
-	       cells <= 32 ? 8 :
-	       cells <= 48 ? 9 :
-			     10;
+	return cells <= 2    ? 0
+	       : cells <= 3  ? 1
+	       : cells <= 4  ? 2
+	       : cells <= 6  ? 3
+	       : cells <= 8  ? 4
+	       : cells <= 12 ? 5
+	       : cells <= 16 ? 6
+	       : cells <= 24 ? 7
+	       : cells <= 32 ? 8
+	       : cells <= 48 ? 9
+			     : 10;
 }
 
 static inline __attribute__((always_inline)) __u32 kflex_class_cells(__u32 cls)
 {
-	return cls == 0 ? 2 :
-	       cls == 1 ? 3 :
-	       cls == 2 ? 4 :
-	       cls == 3 ? 6 :
-	       cls == 4 ? 8 :
-	       cls == 5 ? 12 :
-	       cls == 6 ? 16 :
-	       cls == 7 ? 24 :
-	       cls == 8 ? 32 :
-	       cls == 9 ? 48 :
-			  69;
+	return cls == 0	  ? 2
+	       : cls == 1 ? 3
+	       : cls == 2 ? 4
+	       : cls == 3 ? 6
+	       : cls == 4 ? 8
+	       : cls == 5 ? 12
+	       : cls == 6 ? 16
+	       : cls == 7 ? 24
+	       : cls == 8 ? 32
+	       : cls == 9 ? 48
+			  : 69;
 }
 
 #endif

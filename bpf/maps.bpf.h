@@ -11,8 +11,8 @@
 #include "abi.h"
 #include "hash.h"
 
-#define KFLEX_BARRIER() asm volatile("" ::: "memory")
-#define READ_ONCE(x) (*(volatile typeof(x) *)&(x))
+#define KFLEX_BARRIER()	 asm volatile("" ::: "memory")
+#define READ_ONCE(x)	 (*(volatile typeof(x) *)&(x))
 #define WRITE_ONCE(x, v) (*(volatile typeof(x) *)&(x) = (v))
 
 struct kflex_chunk {

@@ -12,7 +12,7 @@
 #include "order.bpf.h"
 #include "gate.bpf.h"
 
-#define MAX_INJECTED 256
+#define MAX_INJECTED	   256
 #define MAX_INJECTED_BYTES (256 * 1024)
 
 SEC("sockops")
@@ -649,4 +649,5 @@ const enum kflex_verb kflex_btf_verb;
 const enum kflex_conn_flag kflex_btf_conn_flag;
 const enum kflex_cmd_flag kflex_btf_cmd_flag;
 
-char _license[] SEC("license") = "GPL";
+char _license[] SEC("license")
+= "GPL";

@@ -9,9 +9,9 @@
 
 #include "resp.bpf.h"
 
-#define AF_INET 2
-#define AF_INET6 10
-#define FEED_WINDOW 16384
+#define AF_INET	     2
+#define AF_INET6     10
+#define FEED_WINDOW  16384
 #define FEED_WINDOWS 12
 
 static __always_inline void demote_client(struct kflex_ctl *k, struct kflex_conn *c)
@@ -224,7 +224,7 @@ static __always_inline void enrol_client(struct bpf_sock_ops *s)
 
 static __always_inline void enrol_server(struct bpf_sock_ops *s, struct kflex_ctl *k)
 {
-	struct kflex_link link = { .server = 1 };
+	struct kflex_link link = {.server = 1};
 	struct kflex_tuple t = {};
 	struct bpf_sock *sk = s->sk;
 	struct kflex_conn *c;

@@ -13,7 +13,7 @@
 enum { RESP_TYPE, RESP_NUM, RESP_LF, RESP_TEXT };
 enum { ROLE_REQUEST, ROLE_REPLY };
 
-#define RESP_BAD (-1)
+#define RESP_BAD    (-1)
 #define RESP_WINDOW 64
 
 struct feed {
@@ -152,7 +152,8 @@ static __always_inline long feed_step(struct feed *f, struct kflex_parser *p, __
 			p->remaining = 1;
 			p->push = ch == '>';
 		}
-		if (ch == '$' || ch == '*' || ch == '%' || ch == '~' || ch == '>' || ch == '|' || ch == '=' || ch == '!')
+		if (ch == '$' || ch == '*' || ch == '%' || ch == '~' || ch == '>' || ch == '|' || ch == '=' ||
+		    ch == '!')
 			p->st = RESP_NUM;
 		else if (ch == '+' || ch == '-' || ch == ':' || ch == ',' || ch == '#' || ch == '(' || ch == '_')
 			p->st = RESP_TEXT;
@@ -234,7 +235,7 @@ static long feed_reply_step(__u32 i, struct feed *f)
  */
 __noinline int feed_request(struct kflex_conn *c, __u64 addr, __u32 len)
 {
-	struct feed f = { .c = c, .addr = addr, .len = len, .base = ~0u };
+	struct feed f = {.c = c, .addr = addr, .len = len, .base = ~0u};
 
 	if (!c)
 		return RESP_BAD;
@@ -246,7 +247,7 @@ __noinline int feed_request(struct kflex_conn *c, __u64 addr, __u32 len)
 /* The same for the server's replies. */
 __noinline int feed_reply(struct kflex_conn *c, __u64 addr, __u32 len)
 {
-	struct feed f = { .c = c, .addr = addr, .len = len };
+	struct feed f = {.c = c, .addr = addr, .len = len};
 
 	if (!c)
 		return RESP_BAD;

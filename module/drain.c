@@ -12,7 +12,6 @@
 #include <string.h>
 #include <unistd.h>
 
-
 /* Waits until no program is between accepting a SET and having it in the table. */
 static void wait_for_writers(void)
 {
@@ -91,8 +90,8 @@ void kflex_drain(RedisModuleCtx *ctx, int writers_running)
 			continue;
 		argv[2 * n] = RedisModule_CreateString(NULL, (char *)e->data, e->klen);
 		argv[2 * n + 1] = RedisModule_CreateString(NULL, (char *)e->data + ((e->klen + 7) & ~7), e->vlen);
-		if (state == KFLEX_ORPHAN ||
-		    !__atomic_compare_exchange_n(&e->state, &dirty, KFLEX_PENDING, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
+		if (state == KFLEX_ORPHAN || !__atomic_compare_exchange_n(&e->state, &dirty, KFLEX_PENDING, 0,
+									  __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
 			orphans[norphans++] = (uint32_t)record;
 			cells[n++] = 0;
 		} else {
@@ -107,7 +106,8 @@ void kflex_drain(RedisModuleCtx *ctx, int writers_running)
 		K.applying = 0;
 		if (!reply || RedisModule_CallReplyType(reply) == REDISMODULE_REPLY_ERROR) {
 			ctl->refused += n;
-			RedisModule_Log(ctx, "warning", "kflex: Redis refused %zu keys that the kernel had accepted", n);
+			RedisModule_Log(ctx, "warning", "kflex: Redis refused %zu keys that the kernel had accepted",
+					n);
 		}
 		if (reply)
 			RedisModule_FreeCallReply(reply);
@@ -118,8 +118,8 @@ void kflex_drain(RedisModuleCtx *ctx, int writers_running)
 		RedisModule_FreeString(NULL, argv[2 * i]);
 		RedisModule_FreeString(NULL, argv[2 * i + 1]);
 		if (cells[i])
-			__atomic_compare_exchange_n(&kflex_entry_at(cells[i])->state, &pending, KFLEX_CLEAN, 0, __ATOMIC_ACQ_REL,
-						    __ATOMIC_ACQUIRE);
+			__atomic_compare_exchange_n(&kflex_entry_at(cells[i])->state, &pending, KFLEX_CLEAN, 0,
+						    __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
 	}
 	for (size_t i = 0; i < norphans; i++)
 		kflex_cell_free(orphans[i]);

@@ -15,7 +15,6 @@
 #include <strings.h>
 #include <unistd.h>
 
-
 struct kflex_module K;
 
 /* Copies the keys that GETs have just missed: strings without a TTL, in database 0. */
@@ -29,7 +28,8 @@ static void populate(RedisModuleCtx *ctx)
 		RedisModuleCallReply *reply;
 		const char *value;
 		int fits = k && RedisModule_KeyType(k) == REDISMODULE_KEYTYPE_STRING &&
-			   RedisModule_GetExpire(k) == REDISMODULE_NO_EXPIRE && RedisModule_ValueLength(k) <= KFLEX_MAX_VALUE;
+			   RedisModule_GetExpire(k) == REDISMODULE_NO_EXPIRE &&
+			   RedisModule_ValueLength(k) <= KFLEX_MAX_VALUE;
 
 		if (k)
 			RedisModule_CloseKey(k);
@@ -75,7 +75,9 @@ static void after_sleep(RedisModuleCtx *ctx)
 	}
 	K.ctl->sleeps++;
 	kflex_close_gate();
-#ifndef KFLEX_BREAK_NO_DRAIN
+#ifdef KFLEX_BREAK_NO_DRAIN
+	(void)ctx;
+#else
 	kflex_drain(ctx, 0);
 #endif
 }
@@ -218,14 +220,22 @@ static uint64_t total(enum kflex_stat what)
 static void on_info(RedisModuleInfoCtx *info, int crash)
 {
 	static const char *const why[] = {
-		[KFLEX_STAT_WHY_OFF] = "passed_off",	       [KFLEX_STAT_WHY_NEW] = "passed_new",
-		[KFLEX_STAT_WHY_UNANSWERED] = "passed_unanswered", [KFLEX_STAT_WHY_UNREAD] = "passed_unread",
-		[KFLEX_STAT_WHY_MULTI] = "passed_multi",       [KFLEX_STAT_WHY_OTHER] = "passed_other",
-		[KFLEX_STAT_WHY_SIZE] = "passed_size",	       [KFLEX_STAT_WHY_MISS] = "passed_miss",
-		[KFLEX_STAT_WHY_GATE] = "passed_gate",	       [KFLEX_STAT_WHY_HELD] = "passed_held",
-		[KFLEX_STAT_WHY_LOCKED] = "passed_locked",     [KFLEX_STAT_WHY_FULL] = "passed_full",
-		[KFLEX_STAT_WHY_NOMEM] = "passed_nomem",       [KFLEX_STAT_WHY_BACKLOG] = "passed_backlog",
-		[KFLEX_STAT_WHY_CLOSING] = "passed_closing",   [KFLEX_STAT_WHY_DEMOTED] = "passed_demoted",
+		[KFLEX_STAT_WHY_OFF] = "passed_off",
+		[KFLEX_STAT_WHY_NEW] = "passed_new",
+		[KFLEX_STAT_WHY_UNANSWERED] = "passed_unanswered",
+		[KFLEX_STAT_WHY_UNREAD] = "passed_unread",
+		[KFLEX_STAT_WHY_MULTI] = "passed_multi",
+		[KFLEX_STAT_WHY_OTHER] = "passed_other",
+		[KFLEX_STAT_WHY_SIZE] = "passed_size",
+		[KFLEX_STAT_WHY_MISS] = "passed_miss",
+		[KFLEX_STAT_WHY_GATE] = "passed_gate",
+		[KFLEX_STAT_WHY_HELD] = "passed_held",
+		[KFLEX_STAT_WHY_LOCKED] = "passed_locked",
+		[KFLEX_STAT_WHY_FULL] = "passed_full",
+		[KFLEX_STAT_WHY_NOMEM] = "passed_nomem",
+		[KFLEX_STAT_WHY_BACKLOG] = "passed_backlog",
+		[KFLEX_STAT_WHY_CLOSING] = "passed_closing",
+		[KFLEX_STAT_WHY_DEMOTED] = "passed_demoted",
 	};
 
 	RedisModule_InfoAddSection(info, "");
@@ -281,10 +291,12 @@ static int read_arguments(RedisModuleCtx *ctx, RedisModuleString **argv, int arg
 				RedisModule_Log(ctx, "warning", "kflex: drain-us takes 50 to 15000, not '%s'", value);
 				return -1;
 			}
-		} else if (!strcasecmp(name, "set-offload") && (!strcasecmp(value, "yes") || !strcasecmp(value, "no"))) {
+		} else if (!strcasecmp(name, "set-offload") &&
+			   (!strcasecmp(value, "yes") || !strcasecmp(value, "no"))) {
 			K.set_offload = !strcasecmp(value, "yes");
 		} else {
-			RedisModule_Log(ctx, "warning", "kflex: unknown argument '%s %s'; known: drain-us N, set-offload yes|no", name,
+			RedisModule_Log(ctx, "warning",
+					"kflex: unknown argument '%s %s'; known: drain-us N, set-offload yes|no", name,
 					value);
 			return -1;
 		}
@@ -294,11 +306,11 @@ static int read_arguments(RedisModuleCtx *ctx, RedisModuleString **argv, int arg
 
 int RedisModule_OnLoad(RedisModuleCtx *ctx, RedisModuleString **argv, int argc)
 {
-	static const RedisModuleEvent *const epoch[] = { &RedisModuleEvent_FlushDB, &RedisModuleEvent_SwapDB,
-							 &RedisModuleEvent_Loading };
-	static const RedisModuleEvent *const change[] = { &RedisModuleEvent_ReplicationRoleChanged,
-							  &RedisModuleEvent_ReplicaChange, &RedisModuleEvent_Config,
-							  &RedisModuleEvent_ModuleChange };
+	static const RedisModuleEvent *const epoch[] = {&RedisModuleEvent_FlushDB, &RedisModuleEvent_SwapDB,
+							&RedisModuleEvent_Loading};
+	static const RedisModuleEvent *const change[] = {&RedisModuleEvent_ReplicationRoleChanged,
+							 &RedisModuleEvent_ReplicaChange, &RedisModuleEvent_Config,
+							 &RedisModuleEvent_ModuleChange};
 
 	if (RedisModule_Init(ctx, "kflex", KFLEX_ABI, REDISMODULE_APIVER_1) == REDISMODULE_ERR)
 		return REDISMODULE_ERR;
@@ -306,7 +318,8 @@ int RedisModule_OnLoad(RedisModuleCtx *ctx, RedisModuleString **argv, int argc)
 	if (read_arguments(ctx, argv, argc))
 		return REDISMODULE_ERR;
 	if (RedisModule_SubscribeToServerEvent(ctx, RedisModuleEvent_EventLoop, on_event_loop) != REDISMODULE_OK) {
-		RedisModule_Log(ctx, "warning", "kflex: this server has no event loop events (Redis 7.0 and newer have)");
+		RedisModule_Log(ctx, "warning",
+				"kflex: this server has no event loop events (Redis 7.0 and newer have)");
 		return REDISMODULE_ERR;
 	}
 	for (unsigned i = 0; i < sizeof(epoch) / sizeof(*epoch); i++)
@@ -315,8 +328,8 @@ int RedisModule_OnLoad(RedisModuleCtx *ctx, RedisModuleString **argv, int argc)
 		RedisModule_SubscribeToServerEvent(ctx, *change[i], on_change);
 	RedisModule_SubscribeToServerEvent(ctx, RedisModuleEvent_CronLoop, on_cron);
 	RedisModule_SubscribeToServerEvent(ctx, RedisModuleEvent_Shutdown, on_shutdown);
-	RedisModule_SubscribeToKeyspaceEvents(ctx, REDISMODULE_NOTIFY_ALL | REDISMODULE_NOTIFY_NEW | REDISMODULE_NOTIFY_MODULE,
-					      on_keyspace);
+	RedisModule_SubscribeToKeyspaceEvents(
+		ctx, REDISMODULE_NOTIFY_ALL | REDISMODULE_NOTIFY_NEW | REDISMODULE_NOTIFY_MODULE, on_keyspace);
 	/* Our own calls (drain, populate, rules) are no news to the filter. */
 	if (!RedisModule_RegisterCommandFilter(ctx, on_filter, REDISMODULE_CMDFILTER_NOSELF))
 		return REDISMODULE_ERR;

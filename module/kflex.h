@@ -45,8 +45,8 @@ struct kflex_module {
 	} remembered[KFLEX_MAX_REMEMBERED]; /* keys of GETs that Redis answered in this iteration */
 	int nremembered;
 
-	int set_offload;   /* module argument set-offload */
-	long drain_us;	   /* module argument drain-us: pause between cuts while there is work */
+	int set_offload; /* module argument set-offload */
+	long drain_us;	 /* module argument drain-us: pause between cuts while there is work */
 	char run_id[64];
 
 	/* the link and drain thread */
@@ -66,7 +66,7 @@ static inline uint64_t now_ns(void)
 	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-#define LOAD(x) __atomic_load_n(&(x), __ATOMIC_ACQUIRE)
+#define LOAD(x)	    __atomic_load_n(&(x), __ATOMIC_ACQUIRE)
 #define STORE(x, v) __atomic_store_n(&(x), (v), __ATOMIC_RELEASE)
 
 /* table.c */

@@ -18,7 +18,6 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-
 enum { FD_CTL, FD_HEAP, FD_BUCKETS, FD_RING, NFDS };
 
 static void *map_fd(int fd, size_t bytes)
@@ -88,7 +87,8 @@ static int attach(const int fds[NFDS], char *text, size_t size)
 	kflex_rules_check(K.ctx);
 	K.attached = 1;
 	STORE(K.ctl->disabled, KFLEX_ON);
-	RedisModule_Log(K.ctx, "notice", "kflex: attached, %u MiB of table, rules 0x%x", K.ctl->chunks * 2, K.ctl->rules);
+	RedisModule_Log(K.ctx, "notice", "kflex: attached, %u MiB of table, rules 0x%x", K.ctl->chunks * 2,
+			K.ctl->rules);
 	return 0;
 fail:
 	unmap_all();
@@ -105,8 +105,8 @@ void kflex_detach(RedisModuleCtx *ctx, unsigned why)
 	kflex_close_gate();
 	kflex_drain(ctx, 0);
 	K.attached = 0;
-	RedisModule_Log(ctx, "notice", "kflex: detached after %llu keys in %llu cuts", (unsigned long long)K.ctl->drained,
-			(unsigned long long)K.ctl->cuts);
+	RedisModule_Log(ctx, "notice", "kflex: detached after %llu keys in %llu cuts",
+			(unsigned long long)K.ctl->drained, (unsigned long long)K.ctl->cuts);
 	unmap_all();
 }
 
@@ -133,14 +133,15 @@ static int peer_allowed(int fd)
 
 static void serve_one(void)
 {
-	struct timeval limit = { .tv_sec = 2 };
-	struct kflex_msg m = { 0 };
+	struct timeval limit = {.tv_sec = 2};
+	struct kflex_msg m = {0};
 	union {
 		struct cmsghdr head;
 		char space[CMSG_SPACE(sizeof(int) * NFDS)];
 	} control;
-	struct iovec iov = { &m, sizeof(m) };
-	struct msghdr h = { .msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof(control) };
+	struct iovec iov = {&m, sizeof(m)};
+	struct msghdr h = {
+		.msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof(control)};
 	int fd = accept4(K.listen_fd, NULL, NULL, SOCK_CLOEXEC), fds[NFDS], nfds = 0;
 	struct cmsghdr *c;
 	ssize_t got;
@@ -166,8 +167,9 @@ static void serve_one(void)
 	} else if (m.abi != KFLEX_ABI || m.sizeof_ctl != sizeof(struct kflex_ctl) ||
 		   m.sizeof_entry != sizeof(struct kflex_entry) || m.sizeof_bucket != sizeof(struct kflex_bucket)) {
 		m.status = -EPROTO;
-		snprintf(m.text, sizeof(m.text), "the module has ABI %d (control block %zu bytes), the toolkit ABI %u (%u bytes)",
-			 KFLEX_ABI, sizeof(struct kflex_ctl), m.abi, m.sizeof_ctl);
+		snprintf(m.text, sizeof(m.text),
+			 "the module has ABI %d (control block %zu bytes), the toolkit ABI %u (%u bytes)", KFLEX_ABI,
+			 sizeof(struct kflex_ctl), m.abi, m.sizeof_ctl);
 	} else if (m.verb == KFLEX_ATTACH && nfds != NFDS) {
 		snprintf(m.text, sizeof(m.text), "%d file descriptors came, not %d", nfds, NFDS);
 	} else if (take_gil()) {
@@ -195,14 +197,14 @@ static void serve_one(void)
  */
 static void *link_thread(void *arg)
 {
-	struct pollfd p[2] = { { .fd = K.listen_fd, .events = POLLIN }, { .fd = K.wake_fd, .events = POLLIN } };
+	struct pollfd p[2] = {{.fd = K.listen_fd, .events = POLLIN}, {.fd = K.wake_fd, .events = POLLIN}};
 	unsigned idle = 0;
 
 	(void)arg;
 	while (!atomic_load(&K.stop)) {
 		/* Idle: look less often, still well within the 20 ms in which a SET is to be in Redis. */
 		long us = idle > 200 ? 5000 : K.drain_us;
-		struct timespec pause = { us / 1000000, us % 1000000 * 1000 };
+		struct timespec pause = {us / 1000000, us % 1000000 * 1000};
 		int n;
 
 		if (!LOAD(K.attached))
@@ -232,7 +234,7 @@ int kflex_link_start(RedisModuleCtx *ctx)
 {
 	RedisModuleServerInfoData *info = RedisModule_GetServerInfo(ctx, "server");
 	const char *run_id = RedisModule_ServerInfoGetFieldC(info, "run_id");
-	struct sockaddr_un at = { .sun_family = AF_UNIX };
+	struct sockaddr_un at = {.sun_family = AF_UNIX};
 	int len;
 
 	snprintf(K.run_id, sizeof(K.run_id), "%s", run_id ? run_id : "");
@@ -241,7 +243,8 @@ int kflex_link_start(RedisModuleCtx *ctx)
 	K.listen_fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
 	K.wake_fd = eventfd(0, EFD_CLOEXEC);
 	if (K.listen_fd < 0 || K.wake_fd < 0 ||
-	    bind(K.listen_fd, (struct sockaddr *)&at, (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + (size_t)len)) ||
+	    bind(K.listen_fd, (struct sockaddr *)&at,
+		 (socklen_t)(offsetof(struct sockaddr_un, sun_path) + 1 + (size_t)len)) ||
 	    listen(K.listen_fd, 8)) {
 		RedisModule_Log(ctx, "warning", "kflex: cannot listen on the abstract socket kflex-%s: %s", K.run_id,
 				strerror(errno));

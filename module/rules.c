@@ -9,7 +9,6 @@
 #include <string.h>
 #include <strings.h>
 
-
 static const uint32_t SET_RULES = ~((1u << KFLEX_RULE_APPENDFSYNC) - 1);
 
 static void publish(uint32_t rules)
@@ -37,7 +36,8 @@ static char *config(RedisModuleCtx *ctx, const char *name)
 	char *copy = NULL;
 	size_t len;
 
-	if (reply && RedisModule_CallReplyType(reply) == REDISMODULE_REPLY_ARRAY && RedisModule_CallReplyLength(reply) == 2) {
+	if (reply && RedisModule_CallReplyType(reply) == REDISMODULE_REPLY_ARRAY &&
+	    RedisModule_CallReplyLength(reply) == 2) {
 		value = RedisModule_CallReplyArrayElement(reply, 1);
 		text = RedisModule_CallReplyStringPtr(value, &len);
 		if (text) {
@@ -122,7 +122,8 @@ static int command_missing(RedisModuleCtx *ctx, const char *name)
 	RedisModuleCallReply *reply = RedisModule_Call(ctx, "COMMAND", "cc", "INFO", name), *first;
 	int missing = 1;
 
-	if (reply && RedisModule_CallReplyType(reply) == REDISMODULE_REPLY_ARRAY && RedisModule_CallReplyLength(reply) == 1) {
+	if (reply && RedisModule_CallReplyType(reply) == REDISMODULE_REPLY_ARRAY &&
+	    RedisModule_CallReplyLength(reply) == 1) {
 		first = RedisModule_CallReplyArrayElement(reply, 0);
 		missing = !first || RedisModule_CallReplyType(first) != REDISMODULE_REPLY_ARRAY;
 	}
@@ -172,7 +173,8 @@ void kflex_rules_check(RedisModuleCtx *ctx)
 
 #define RULE(name, condition) (rules |= (condition) ? 1u << KFLEX_RULE_##name : 0)
 	/* The gate relies on the order of beforeSleep(), which was read in Redis 7.0 only. */
-	RULE(VERSION, !version || strncmp(version, "7.0.", 4) || RedisModule_ServerInfoGetFieldC(server, "valkey_version"));
+	RULE(VERSION,
+	     !version || strncmp(version, "7.0.", 4) || RedisModule_ServerInfoGetFieldC(server, "valkey_version"));
 	RULE(MODULE, other_module_loaded(ctx));
 	RULE(CLUSTER, info_is(server, "redis_mode", "cluster"));
 	RULE(REPLICA, !info_is(replication, "role", "master"));
@@ -184,7 +186,8 @@ void kflex_rules_check(RedisModuleCtx *ctx)
 	RULE(MONITOR, K.monitor_possible);
 	RULE(PAUSED, RedisModule_AvoidReplicaTraffic());
 	RULE(LOADING, !info_is(persistence, "loading", "0"));
-	RULE(APPENDFSYNC, !config_is(ctx, "appendonly", "no", &unknown) && config_is(ctx, "appendfsync", "always", &unknown));
+	RULE(APPENDFSYNC,
+	     !config_is(ctx, "appendonly", "no", &unknown) && config_is(ctx, "appendfsync", "always", &unknown));
 	RULE(MAXMEMORY, !config_is(ctx, "maxmemory", "0", &unknown));
 	RULE(MIN_REPLICAS, !config_is(ctx, "min-replicas-to-write", "0", &unknown));
 	RULE(NOTIFY, !config_is(ctx, "notify-keyspace-events", "", &unknown));
@@ -207,9 +210,10 @@ void kflex_rules_check(RedisModuleCtx *ctx)
 /* Can this command change what the rules read? */
 int kflex_is_admin(const char *name, size_t len, const char *sub, size_t sublen)
 {
-	static const char *const admin[] = { "config", "acl",	 "replicaof", "slaveof", "debug",    "failover", "monitor",
-					     "module", "cluster", "psync",     "sync",	  "replconf", "bgsave",	  "save" };
-	static const char *const client[] = { "pause", "unpause", "tracking", "no-evict" };
+	static const char *const admin[] = {"config",	"acl",	    "replicaof", "slaveof", "debug",
+					    "failover", "monitor",  "module",	 "cluster", "psync",
+					    "sync",	"replconf", "bgsave",	 "save"};
+	static const char *const client[] = {"pause", "unpause", "tracking", "no-evict"};
 
 	if (len == 6 && !strncasecmp(name, "client", 6)) {
 		for (size_t i = 0; i < sizeof(client) / sizeof(*client); i++)

@@ -5,7 +5,6 @@
 #include <sched.h>
 #include <string.h>
 
-
 struct kflex_entry *kflex_entry_at(uint32_t cell)
 {
 	size_t chunk = cell / KFLEX_CHUNK_CELLS, at = cell % KFLEX_CHUNK_CELLS;
@@ -45,7 +44,8 @@ static void lock(struct kflex_bucket *b)
 	for (unsigned spins = 0;; spins++) {
 		uint32_t seq = LOAD(b->seq);
 
-		if (!(seq & 1) && __atomic_compare_exchange_n(&b->seq, &seq, seq + 1, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
+		if (!(seq & 1) &&
+		    __atomic_compare_exchange_n(&b->seq, &seq, seq + 1, 0, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED))
 			break;
 		/* The holder may be a program that was preempted on this very CPU. */
 		if (spins > 100)

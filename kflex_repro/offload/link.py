@@ -14,7 +14,7 @@ from kflex_repro.errors import KflexError
 
 @dataclass(frozen=True)
 class Answer:
-    """The module's answer: 0 or a negative errno, whether a table is attached, a line of text, the peer's pid."""
+    """The module's answer: 0 or a negative errno, whether a table is attached, a line of text, its pid."""
 
     status: int
     attached: bool

@@ -38,7 +38,7 @@ _STAT_SKIP = ("KFLEX_STAT_COUNT",)
 
 
 class Session:
-    """One attached server. Programs, maps and links are pinned: the session outlives the process that made it.
+    """One attached server. Programs, maps and links are pinned: it outlives the process that started it.
 
     Sessions come from start(), attached() or find(); as a context manager, leaving stops the offload.
     """
@@ -74,7 +74,11 @@ class Session:
     @property
     def mode(self) -> str:
         """``coherent`` or ``store``."""
-        return "store" if self._ctl is not None and self._ctl.mode == self._const("KFLEX_MODE_STORE") else "coherent"
+        return (
+            "store"
+            if self._ctl is not None and self._ctl.mode == self._const("KFLEX_MODE_STORE")
+            else "coherent"
+        )
 
     @property
     def server_alive(self) -> bool:
@@ -86,7 +90,7 @@ class Session:
 
     @property
     def disabled(self) -> str:
-        """Why nothing is served at all: ``on``, ``detached``, ``stopping``, ``server_gone`` or ``unloaded``."""
+        """Why nothing is served: ``detached``, ``stopping``, ``server_gone``, ``unloaded``; else ``on``."""
         return self._name_of("kflex_disable", int(self._ctl.disabled))
 
     @property
@@ -107,7 +111,7 @@ class Session:
         )
 
     def stats(self) -> dict[str, int]:
-        """Counters since attach: served_get, served_set, passed (requests), why_* (messages), the module's."""
+        """Counters since attach: served_get, served_set, passed (requests), why_* (messages), module."""
         found: dict[str, int] = {}
         names = self._btf.enum("kflex_stat")
         cpus = range(int(self._ctl.cpus))
@@ -116,7 +120,15 @@ class Session:
                 found[name.removeprefix("KFLEX_STAT_").lower()] = sum(
                     int(self._ctl.cpu[cpu].stat[at]) for cpu in cpus
                 )
-        for name in ("drained", "cuts", "populated", "invalidated", "epoch_bumps", "open_commands", "refused"):
+        for name in (
+            "drained",
+            "cuts",
+            "populated",
+            "invalidated",
+            "epoch_bumps",
+            "open_commands",
+            "refused",
+        ):
             found[name] = int(getattr(self._ctl, name))
         found["evicted"] += int(self._ctl.evicted)
         found["dirty"] = int(self._ctl.head) - int(self._ctl.tail)
@@ -134,7 +146,9 @@ class Session:
     @property
     def table_bytes(self) -> int:
         """RAM that the table takes."""
-        return sum(m.stride * m.max_entries for n, m in self._maps.items() if n in ("heap", "buckets", "ring"))
+        return sum(
+            m.stride * m.max_entries for n, m in self._maps.items() if n in ("heap", "buckets", "ring")
+        )
 
     def unread(self) -> list[int]:
         """Connections whose client has not read all replies that the kernel put into its queue."""
@@ -159,7 +173,7 @@ class Session:
     # --- on and off ----------------------------------------------------------------------------------------
 
     def suspend(self) -> None:
-        """Take off the hooks that the whole machine feels (sched tracepoints, cgroup); resume() puts them back.
+        """Take off the hooks that the whole machine feels (sched tracepoints, cgroup); resume() undoes it.
 
         Only in the process that started the session. Connections made meanwhile are never served.
         """
@@ -183,7 +197,9 @@ class Session:
         programs = self._need_object().programs
         root = fs.cgroup2_root()
         if root is None:
-            raise Unavailable("no cgroup v2 is mounted", "/sys/fs/cgroup", "mount -t cgroup2 none /sys/fs/cgroup")
+            raise Unavailable(
+                "no cgroup v2 is mounted", "/sys/fs/cgroup", "mount -t cgroup2 none /sys/fs/cgroup"
+            )
         for name in (*_TRACING, _ENROL):
             if name in self._links:
                 continue
@@ -192,9 +208,9 @@ class Session:
             made.pin(self.pin_dir / name)
 
     def stop(self, timeout: float = 10.0, force: bool = False) -> None:
-        """Take the offload off: everything the kernel accepted is in Redis, every reply read, nothing stays.
+        """Take the offload off: all that the kernel accepted is in Redis, every reply read, nothing stays.
 
-        Waits up to ``timeout`` seconds for clients to read the replies that wait in their sockets; KflexError if
+        Waits up to ``timeout`` seconds for clients to read the replies in their sockets; KflexError if
         some do not (the offload then stays disabled and attached; ``force`` drops those replies instead).
         """
         deadline = time.monotonic() + timeout
@@ -304,22 +320,25 @@ def start(
 ) -> Session:
     """Serve GET and SET of the redis-server at ``port`` from the kernel.
 
-    The server must be a Redis 7.0 with kflex.so loaded (mode ``store``, for benchmarks only: without). A server
-    that is attached already is returned as it is. ``table_bytes``: RAM for the table, None for an eighth of what
-    is free. KflexError, with nothing left behind, for whatever is in the way.
+    The server must be a Redis 7.0 with kflex.so loaded (mode ``store``, for benchmarks only: without). Where
+    it is attached already, that session is returned. ``table_bytes``: RAM for the table, None for an eighth
+    of what is free. KflexError, with nothing left behind, for whatever is in the way.
     """
     if os.geteuid() != 0:
         raise Unavailable("the offload needs root", "offload start", "run it with sudo")
     found = target.probe(port, host)
     if mode == "coherent":
-        _check_coherent(found)
+        check_coherent(found)
     made = built or build.ensure()
     root = _enter_root()
     with _locked(root):
-        same, stale = [], []
+        same: list[Session] = []
+        stale: list[Session] = []
         for session in attached():
             if session.port == port:
-                (same if session.server_id == found.server_id and session.server_alive else stale).append(session)
+                (same if session.server_id == found.server_id and session.server_alive else stale).append(
+                    session
+                )
             else:
                 session.close()
         for session in stale:
@@ -340,7 +359,8 @@ def start(
         return _start(found, root / found.server_id, table.plan(size), mode, made)
 
 
-def _check_coherent(found: target.Target) -> None:
+def check_coherent(found: target.Target) -> None:
+    """KflexError unless the server is of a known version and has our module."""
     where = f"{found.host}:{found.port}"
     if not found.version.startswith("7.0."):
         raise KflexError(
@@ -370,7 +390,9 @@ def _start(found: target.Target, pin_dir: Path, plan: table.Plan, mode: str, mad
         pid = _server_pid(found, mode, obj.btf)
         if not target.same_network(pid):
             raise KflexError(
-                "the server runs in another network namespace", f"pid {pid}", "start the offload in that namespace"
+                "the server runs in another network namespace",
+                f"pid {pid}",
+                "start the offload in that namespace",
             )
         started = target.start_time(pid)
         obj.maps["heap"].set_max_entries(plan.chunks)

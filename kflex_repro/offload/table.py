@@ -13,14 +13,14 @@ MINIMUM = 4 * MIB
 MAXIMUM = 1 << 30
 # Ring positions: twice what may be dirty at a time.
 RING = 1 << 17
-# An entry of a 16-byte key and a 64-byte value; buckets are sized for these at three to a bucket of six slots.
+# An entry of a 16-byte key and a 64-byte value; buckets are sized for three of these in six slots.
 _TYPICAL_ENTRY = 128
 _PER_BUCKET = 3
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Sizes of a table's maps: heap chunks of 2 MiB, buckets and ring positions (powers of two), bytes in all."""
+    """Sizes of a table's maps: heap chunks of 2 MiB, buckets, ring positions, bytes in all."""
 
     chunks: int
     buckets: int
@@ -67,5 +67,7 @@ def parse_size(text: str) -> int | None:
         return None
     match = re.fullmatch(r"(\d+)([kmg]?)b?", text.lower())
     if not match:
-        raise KflexError(f"'{text}' is not a size", "--table-size", "say auto, or a number and k, m or g: 256m")
+        raise KflexError(
+            f"'{text}' is not a size", "--table-size", "say auto, or a number and k, m or g: 256m"
+        )
     return int(match.group(1)) << {"": 0, "k": 10, "m": 20, "g": 30}[match.group(2)]

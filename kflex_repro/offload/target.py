@@ -34,7 +34,7 @@ class Target:
 
 
 def probe(port: int, host: str = "127.0.0.1", timeout: float = 3.0) -> Target:
-    """Ask the server at ``host:port`` who it is. KflexError in one line for whatever is not a usable Redis."""
+    """Ask the server at ``host:port`` who it is; KflexError for whatever is not a usable Redis."""
     where = f"{host}:{port}"
     client = redis.Redis(
         host=host,
@@ -59,7 +59,9 @@ def probe(port: int, host: str = "127.0.0.1", timeout: float = 3.0) -> Target:
     except redis.exceptions.ConnectionError as error:
         text = str(error)
         if "refused" in text:
-            raise KflexError("nothing listens there", where, "start redis-server, or give its --port") from None
+            raise KflexError(
+                "nothing listens there", where, "start redis-server, or give its --port"
+            ) from None
         raise KflexError(
             f"no plain Redis there: {text}", where, "TLS ports and other protocols cannot be offloaded"
         ) from None

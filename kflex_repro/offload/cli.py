@@ -1,0 +1,137 @@
+"""``kflex-repro offload``."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import click
+from rich.console import Console
+from rich.live import Live
+
+from kflex_repro.errors import KflexError, Unavailable
+from kflex_repro.offload import session, status, table, target
+
+_PORT = click.option(
+    "--port", type=click.IntRange(1, 65535), default=6379, show_default=True, help="Redis port."
+)
+
+
+@click.group("offload")
+def group() -> None:
+    """Serve GET and SET of a running redis-server in the kernel.
+
+    The server must be Redis 7.0 with the module loaded: `kflex-repro build` says where kflex.so is, and a
+    line `loadmodule PATH` in redis.conf loads it. Clients on this host that connect after `start` are served.
+    """
+
+
+def _need_root() -> None:
+    if os.geteuid() != 0:
+        raise Unavailable("the offload needs root", "kflex-repro offload", "run it with sudo")
+
+
+@group.command()
+@_PORT
+@click.option("--host", default="127.0.0.1", show_default=True, help="A local address of the server.")
+@click.option(
+    "--table-size",
+    default="auto",
+    show_default=True,
+    metavar="SIZE",
+    help="RAM for the table: auto (an eighth of what is free, at most 1g), or e.g. 256m. Taken at once.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be done; change nothing.")
+@click.option("--json", "as_json", is_flag=True, help="The result as JSON.")
+def start(port: int, host: str, table_size: str, dry_run: bool, as_json: bool) -> None:
+    """Start (idempotent). It stays when this command ends, and ends with `stop` or with the server."""
+    _need_root()
+    size = table.parse_size(table_size)
+    plan = table.plan(size if size is not None else table.auto(table.available()))
+    if dry_run:
+        found = target.probe(port, host)
+        session.check_coherent(found)
+        known = session.find(port)
+        click.echo(
+            f"{'already attached to' if known else 'would attach to'} Redis {found.version} at {host}:{port} "
+            f"(pid {found.pid}), table {plan.bytes >> 20} MiB: about {plan.typical_entries:,} keys of 16 and "
+            f"values of 64 bytes"
+        )
+        return
+    with Console(stderr=True).status("attaching"):
+        made = session.start(port, host, table_bytes=size)
+    try:
+        if as_json:
+            click.echo(json.dumps(status.as_dict(made), indent=2))
+        else:
+            Console(soft_wrap=True).print(status.render(status.as_dict(made)))
+    finally:
+        made.close()
+
+
+@group.command("status")
+@click.option(
+    "--port", type=click.IntRange(1, 65535), help="Only this server (default: all that are attached)."
+)
+@click.option("--json", "as_json", is_flag=True, help="As JSON: a list with one object for each server.")
+@click.option("--watch", is_flag=True, help="Refresh every second until Ctrl-C.")
+def show(port: int | None, as_json: bool, watch: bool) -> None:
+    """What is attached, what is served, what is not and why. Exit code 1 when nothing is attached."""
+    _need_root()
+    found = [s for s in session.attached() if port in (None, s.port)]
+    if not found:
+        raise KflexError(
+            "no offload is attached" + (f" to port {port}" if port else ""),
+            "",
+            "kflex-repro offload start --port N",
+        )
+    if as_json:
+        click.echo(json.dumps([status.as_dict(s) for s in found], indent=2))
+        return
+    console = Console(soft_wrap=True)
+    if not watch:
+        for one in found:
+            console.print(status.render(status.as_dict(one)))
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            live.update(status.render(status.as_dict(found[0])), refresh=True)
+            if not found[0].pin_dir.exists():
+                return
+            time.sleep(1)
+
+
+@group.command()
+@click.option(
+    "--port", type=click.IntRange(1, 65535), help="Only this server (default: all that are attached)."
+)
+@click.option(
+    "--timeout",
+    type=click.FloatRange(0.1, 3600),
+    default=10.0,
+    show_default=True,
+    metavar="S",
+    help="Seconds to wait for clients to read their replies.",
+)
+@click.option(
+    "--force", is_flag=True, help="Do not wait: unread replies are lost, their clients wait for ever."
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be taken off; change nothing.")
+def stop(port: int | None, timeout: float, force: bool, dry_run: bool) -> None:
+    """Take the offload off: accepted SETs go into Redis, replies are read, nothing stays attached or pinned.
+
+    Also after the server or the toolkit was killed. Exit code 0 when there was nothing to stop.
+    """
+    _need_root()
+    found = [s for s in session.attached() if port in (None, s.port)]
+    if not found:
+        click.echo("nothing is attached" + (f" to port {port}" if port else ""))
+    for one in found:
+        if dry_run:
+            click.echo(f"would stop {one.server_id} (pid {one.pid}, {one.disabled})")
+            one.close()
+            continue
+        with Console(stderr=True).status(f"stopping port {one.port}"):
+            one.stop(timeout=timeout, force=force)
+        click.echo(f"stopped: port {one.port}")
