@@ -67,7 +67,7 @@ class Scenario:
 
 
 def data_dir() -> Path:
-    """The directory of scenarios.toml and reference.toml: ``bench`` in KFLEX_SOURCE, else in our source tree."""
+    """Where scenarios.toml and reference.toml are: ``bench`` in KFLEX_SOURCE, else in our source tree."""
     chosen = os.environ.get("KFLEX_SOURCE")
     return (Path(chosen) if chosen else Path(__file__).resolve().parents[2]) / "bench"
 

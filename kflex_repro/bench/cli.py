@@ -1,0 +1,235 @@
+"""``kflex-repro bench``: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Table
+
+from kflex_repro.bench.result import ScenarioResult, read_result
+from kflex_repro.bench.run import Clock, Events, Options, Plan, Run, check_host, make_plan
+from kflex_repro.bench.scenario import Scenario, estimate, load_scenarios
+from kflex_repro.bench.summary import HEADINGS, closing_line, missed_targets, number, rows
+from kflex_repro.errors import KflexError
+
+
+@click.group()
+def group() -> None:
+    """Benchmark plain Redis against the offload, pair by pair."""
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+@group.command("redis")
+@click.option(
+    "--attach", metavar="HOST:PORT", help="Benchmark this running server (kflex.so loaded) as it is."
+)
+@click.option("--quick", is_flag=True, help="GET, SET and the 90:10 mix, 3 pairs: about two minutes.")
+@click.option("--list", "list_them", is_flag=True, help="List the scenarios and end.")
+@click.option(
+    "--scenario", "names", metavar="NAME", multiple=True, help="Only this one (repeatable; NAME* works)."
+)
+@click.option("--pairs", type=click.IntRange(1, 1000), help="Interleaved pairs per scenario [5; --quick: 3].")
+@click.option("--seconds", type=click.FloatRange(0.5, 600), help="Seconds per run [3; --quick: 2.5].")
+@click.option("--netns", is_flag=True, help="Also clients in a network namespace of their own, over veth.")
+@click.option("--out", type=click.Path(path_type=Path), help="Results directory [results/<UTC time>-redis].")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print result.json to stdout (everything else to stderr)."
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be run and how long it takes, and end.")
+@click.option(
+    "--keys", type=click.IntRange(100, 5_000_000), help="Size of the key space instead of the scenarios'."
+)
+@click.option("--port", type=click.IntRange(1, 65535), help="Port of the offloaded server [a free one].")
+def redis(
+    attach: str | None,
+    quick: bool,
+    list_them: bool,
+    names: tuple[str, ...],
+    pairs: int | None,
+    seconds: float | None,
+    netns: bool,
+    out: Path | None,
+    as_json: bool,
+    dry_run: bool,
+    keys: int | None,
+    port: int | None,
+) -> None:
+    """Compare redis-server alone with the same redis-server and GET and SET served in the kernel.
+
+    Starts servers of its own (or uses --attach), runs every scenario in interleaved pairs against plain Redis
+    over TCP and over its unix socket, checks answers all the while, and writes result.json, report.html and
+    PNGs. Ctrl-C keeps what was completed.
+
+    Exit codes: 0 all answers right, 1 wrong answers or a failure, 2 usage, 3 this machine cannot, 130 Ctrl-C.
+    """
+    if list_them:
+        _print_list(load_scenarios(), as_json)
+        return
+    plan = make_plan(Options(attach, quick, names, pairs, seconds, netns, out, keys, port))
+    if dry_run:
+        _print_plan(plan, as_json)
+        return
+    check_host()
+    errors = Console(stderr=True, highlight=False)
+    errors.print(_announcement(plan), soft_wrap=True)
+    with _progress(plan, errors) as events:
+        run = Run(plan, _command(), events)
+        try:
+            result = run.execute()
+        except BaseException:
+            _say_what_is_left(run, plan, errors)
+            raise
+    document = result.to_json()
+    if as_json:
+        click.echo(json.dumps(document, indent=1))
+    else:
+        _print_table(document, Console(highlight=False))
+    errors.print(f"report: {plan.out / 'report.html'}", soft_wrap=True)
+    click.echo(closing_line(document), err=as_json)
+    if run.mismatches:
+        sys.exit(1)
+
+
+@group.command("report")
+@click.argument("directory", type=click.Path(path_type=Path))
+def report(directory: Path) -> None:
+    """Draw report.html and the PNGs of DIRECTORY/result.json again."""
+    from kflex_repro.bench.report import write_report
+
+    document = read_result(directory / "result.json")
+    for path in write_report(document, directory):
+        click.echo(str(path))
+
+
+def _command() -> str:
+    return shlex.join(["kflex-repro", *sys.argv[1:]])
+
+
+def _announcement(plan: Plan) -> str:
+    where = f"on {plan.attach[0]}:{plan.attach[1]}" if plan.attach else "on servers of our own"
+    text = (
+        f"{len(plan.scenarios)} scenarios × {plan.pairs} pairs {where}: {plan.runs} runs, "
+        f"about {_duration(plan.estimate_s)}; results in {plan.out}"
+    )
+    if plan.attach:
+        text += "\nonly keys that begin with kflex:bench: are written; they are deleted afterwards"
+    return text
+
+
+@contextmanager
+def _progress(plan: Plan, console: Console) -> Iterator[Events]:
+    clock = Clock(plan.estimate_s)
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[left]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("starting", total=1.0, left="")
+
+        def step(seconds: float, text: str) -> None:
+            clock.advance(seconds)
+            bar.update(task, completed=clock.share, description=text, left=f"{_duration(clock.left_s)} left")
+
+        def finished(result: ScenarioResult) -> None:
+            bar.console.print(_finished_line(result), soft_wrap=True)
+
+        yield Events(step, finished)
+
+
+def _finished_line(result: ScenarioResult) -> str:
+    ratio = result.ratio.rps
+    text = f"  {result.scenario.name}: " + (f"{number(ratio.median)}× plain Redis" if ratio else "no ratio")
+    if result.served_in_kernel is not None:
+        text += f", {result.served_in_kernel:.1%} in the kernel"
+    if result.recovery and result.recovery.seconds:
+        text += f", served share back after {number(result.recovery.seconds.median)} s"
+    if result.mismatches:
+        text += f", [bold red]{result.mismatches} WRONG ANSWERS[/]"
+    return text
+
+
+def _say_what_is_left(run: Run, plan: Plan, console: Console) -> None:
+    done = len(run.result().scenarios)
+    if done:
+        text = f"{done} of {len(plan.scenarios)} scenarios were completed, at least in part"
+        console.print(f"{text}: {plan.out / 'result.json'} (interrupted)", soft_wrap=True)
+    if run.mismatches:
+        console.print(f"[bold red]WRONG ANSWERS: {run.mismatches}[/]")
+
+
+def _print_table(document: Mapping[str, Any], console: Console) -> None:
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    table.add_column("scenario", overflow="fold")
+    for heading in HEADINGS:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows(document):
+        style = "bold red" if row.wrong else None
+        table.add_row(row.name, *row.cells, style=style)
+    if not console.is_terminal:
+        console.width = 160
+    console.print(table)
+    missed = missed_targets(document)
+    if missed:
+        console.print("\nexpected on the reference machine, not reached here:", style="dim")
+        for line in missed:
+            console.print(f"  {line}", style="dim", soft_wrap=True)
+    for note in document["notes"]:
+        console.print(f"note: {note}", style="dim", soft_wrap=True)
+    console.print()
+
+
+def _print_list(scenarios: tuple[Scenario, ...], as_json: bool) -> None:
+    if as_json:
+        listed = [
+            {"name": s.name, "about": s.about, "driver": s.driver, "arms": s.arms, "quick": s.quick,
+             "path": s.path, "mode": s.mode, "targets": dict(s.targets)}
+            for s in scenarios
+        ]  # fmt: skip
+        click.echo(json.dumps(listed, indent=1))
+        return
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 160
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("name", "what", "load generator", "compared with", "expected", ""):
+        table.add_column(column, overflow="fold")
+    for s in scenarios:
+        expected = ", ".join(f"{metric} {bound:g}" for metric, bound in s.targets.items())
+        marks = ("quick " if s.quick else "") + ("--netns" if s.path == "remote" else "")
+        against = ", ".join(("TCP", *s.peers))
+        table.add_row(s.name, s.about, s.driver, against, expected, marks)
+    console.print(table)
+    whole = _duration(estimate(scenarios, 5, 3.0))
+    console.print(f"\n{len(scenarios)} scenarios; all of them (with --netns) take about {whole}")
+
+
+def _print_plan(plan: Plan, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(plan.to_json(), indent=1))
+        return
+    click.echo(_announcement(plan))
+    for scenario in plan.scenarios:
+        click.echo(f"  {scenario.name}: {scenario.about} ({', '.join(scenario.arms)})")
+    if plan.attach is None:
+        click.echo(
+            "would start two redis-servers on free ports, attach the offload to one, and stop both again"
+        )
+    if any(scenario.path == "remote" for scenario in plan.scenarios):
+        click.echo("would create two network namespaces joined by a veth pair, and remove them again")
+    if not plan.scenarios:
+        raise KflexError("nothing to run", exit_code=2)

@@ -1,0 +1,431 @@
+"""The plots, from the document of ``result.json``: PNG bytes, in a light or a dark theme."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from kflex_repro.bench.summary import count, median_of, number
+
+Document = Mapping[str, Any]
+Scenario = Mapping[str, Any]
+
+ARMS = ("baseline", "unix", "offload")
+ARM_NAMES = {"baseline": "Redis, TCP", "unix": "Redis, unix socket", "offload": "Redis + offload"}
+_DPI = 144
+_WIDTH_IN = 9.5
+_TOP_IN = 0.95
+_BOTTOM_IN = 0.6
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours; the three arms stay apart for colour-blind readers, and in grey."""
+
+    name: str
+    background: str
+    ink: str
+    faint: str
+    grid: str
+    arms: Mapping[str, str]
+    good: str
+    bad: str
+
+
+LIGHT = Theme(
+    name="light",
+    background="#ffffff",
+    ink="#1c2128",
+    faint="#59636e",
+    grid="#e3e7ec",
+    arms={"baseline": "#8b949e", "unix": "#d99a2b", "offload": "#0b62c4"},
+    good="#1a7f37",
+    bad="#c4320a",
+)
+DARK = Theme(
+    name="dark",
+    background="#14181d",
+    ink="#e6ebf0",
+    faint="#9aa5b1",
+    grid="#2b323b",
+    arms={"baseline": "#7d8791", "unix": "#e0aa48", "offload": "#58a6ff"},
+    good="#3fb950",
+    bad="#ff7b54",
+)
+
+
+def _side(scenario: Scenario, arm: str) -> Mapping[str, Any] | None:
+    side = scenario["peers"].get(arm) if arm == "unix" else scenario[arm]
+    return None if side is None else dict(side)
+
+
+def _arms_of(scenarios: Sequence[Scenario]) -> list[str]:
+    return [arm for arm in ARMS if any(_side(scenario, arm) for scenario in scenarios)]
+
+
+def _label(scenario: Scenario) -> str:
+    return textwrap.fill(str(scenario.get("about") or scenario["name"]), 36)
+
+
+def _canvas(
+    heights: Sequence[float], theme: Theme, columns: int = 1, *, left: float = 0.34, titled: bool = False
+) -> tuple[Figure, list[list[Axes]]]:
+    """A figure with a row of axes per entry of ``heights`` (inches); ``titled``: room for axes titles."""
+    gap = 0.75
+    top = _TOP_IN + (0.25 if titled else 0)
+    total = sum(heights) + gap * (len(heights) - 1) + top + _BOTTOM_IN
+    figure = Figure(figsize=(_WIDTH_IN, total), dpi=_DPI, facecolor=theme.background)
+    grid = figure.add_gridspec(
+        len(heights),
+        columns,
+        height_ratios=list(heights),
+        left=left,
+        right=0.965,
+        top=1 - top / total,
+        bottom=_BOTTOM_IN / total,
+        hspace=gap / (sum(heights) / len(heights)),
+        wspace=0.12,
+    )
+    axes = [
+        [figure.add_subplot(grid[row, column]) for column in range(columns)] for row in range(len(heights))
+    ]
+    for row in axes:
+        for axis in row:
+            _style(axis, theme)
+    return figure, axes
+
+
+def _style(axis: Axes, theme: Theme) -> None:
+    axis.set_facecolor(theme.background)
+    for side in ("top", "right", "left"):
+        axis.spines[side].set_visible(False)
+    axis.spines["bottom"].set_color(theme.grid)
+    axis.tick_params(axis="both", which="both", length=0, colors=theme.faint, labelsize=8.5)
+    axis.grid(axis="x", color=theme.grid, linewidth=0.8)
+    axis.set_axisbelow(True)
+
+
+def _rows(axis: Axes, scenarios: Sequence[Scenario], theme: Theme, *, labels: bool = True) -> None:
+    axis.set_ylim(len(scenarios) - 0.45, -0.55)
+    axis.set_yticks(range(len(scenarios)))
+    axis.set_yticklabels([_label(s) for s in scenarios] if labels else [""] * len(scenarios))
+    axis.tick_params(axis="y", colors=theme.ink, labelsize=8.8, pad=6)
+
+
+def _title(figure: Figure, theme: Theme, title: str, subtitle: str) -> None:
+    height = figure.get_figheight()
+    figure.text(0.012, 1 - 0.14 / height, title, color=theme.ink, fontsize=13, weight="bold", va="top")
+    figure.text(0.012, 1 - 0.41 / height, subtitle, color=theme.faint, fontsize=8.8, va="top")
+
+
+def _legend(figure: Figure, theme: Theme, handles: Sequence[Any]) -> None:
+    height = figure.get_figheight()
+    figure.legend(
+        handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(0.003, 1 - 0.55 / height),
+        ncols=len(handles),
+        frameon=False,
+        fontsize=8.8,
+        labelcolor=theme.ink,
+        handlelength=1.2,
+        columnspacing=1.6,
+    )
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DPI, facecolor=figure.get_facecolor())
+    return buffer.getvalue()
+
+
+def _arm_handles(arms: Sequence[str], theme: Theme) -> list[Any]:
+    return [Patch(color=theme.arms[arm], label=ARM_NAMES[arm]) for arm in arms]
+
+
+def _placed(
+    scenario: Scenario, arms: Sequence[str], row: int
+) -> Iterator[tuple[str, Mapping[str, Any], float, float]]:
+    """``(arm, side, y, thickness)`` of every arm the scenario has, centred on its row."""
+    height = 0.78 / len(arms)
+    sides = [(arm, side) for arm in arms if (side := _side(scenario, arm)) is not None]
+    for index, (arm, side) in enumerate(sides):
+        yield arm, side, row + (index - (len(sides) - 1) / 2) * height, height * 0.92
+
+
+def throughput(document: Document, theme: Theme) -> bytes | None:
+    """Requests per second by arm: medians as bars, the range over the runs as a line; None without data."""
+    closed = [s for s in document["scenarios"] if not s.get("rate")]
+    panels = [
+        ("one request at a time per client", [s for s in closed if s["pipeline"] == 1]),
+        ("pipelined", [s for s in closed if s["pipeline"] > 1]),
+    ]
+    panels = [(name, scenarios) for name, scenarios in panels if scenarios]
+    if not panels:
+        return None
+    arms = _arms_of(closed)
+    row = 0.21 * len(arms) + 0.12
+    heights = [row * len(scenarios) for _, scenarios in panels]
+    figure, axes = _canvas(heights, theme, titled=len(panels) > 1)
+    for (name, scenarios), (axis, *_) in zip(panels, axes, strict=True):
+        top = 0.0
+        for index, scenario in enumerate(scenarios):
+            for arm, side, y, thick in _placed(scenario, arms, index):
+                rps = side["rps"]
+                if rps is None:
+                    continue
+                axis.barh(y, rps["median"], height=thick, color=theme.arms[arm])
+                axis.plot([rps["min"], rps["max"]], [y, y], color=theme.ink, linewidth=0.9, alpha=0.75)
+                top = max(top, rps["max"])
+                axis.annotate(
+                    count(rps["median"]),
+                    (max(rps["max"], rps["median"]), y),
+                    xytext=(4, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=7.4,
+                    color=theme.ink if arm == "offload" else theme.faint,
+                )
+        axis.set_xlim(0, top * 1.09)
+        axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value) if value else "0"))
+        _rows(axis, scenarios, theme)
+        if len(panels) > 1:
+            axis.set_title(name, loc="left", fontsize=9, color=theme.faint, pad=6)
+    _title(figure, theme, "Throughput", "requests per second, closed loop; median, and range over the runs")
+    _legend(figure, theme, _arm_handles(arms, theme))
+    return _png(figure)
+
+
+_PERCENTILES = (("p50_ms", "o", "p50"), ("p99_ms", "D", "p99"), ("p999_ms", ">", "p99.9"))
+
+
+def latency(document: Document, theme: Theme) -> bytes | None:
+    """Latency percentiles by arm on a logarithmic axis; where a driver reports only p99, only that."""
+    scenarios = [s for s in document["scenarios"] if any(s["offload"][name] for name, _, _ in _PERCENTILES)]
+    if not scenarios:
+        return None
+    arms = _arms_of(scenarios)
+    figure, [[axis]] = _canvas([(0.19 * len(arms) + 0.12) * len(scenarios)], theme)
+    for index, scenario in enumerate(scenarios):
+        for arm, side, y, _ in _placed(scenario, arms, index):
+            points = [(median_of(side[name]), marker) for name, marker, _ in _PERCENTILES]
+            shown = [(value, marker) for value, marker in points if value]
+            colour = theme.arms[arm]
+            if shown:
+                axis.plot(
+                    [value for value, _ in shown], [y] * len(shown), color=colour, linewidth=1.6, alpha=0.55
+                )
+            for value, marker in shown:
+                axis.plot([value], [y], marker=marker, color=colour, markersize=4.6, linestyle="none")
+        if index % 2:
+            axis.axhspan(index - 0.5, index + 0.5, color=theme.grid, alpha=0.35, linewidth=0)
+    axis.set_xscale("log")
+    _log_ticks(axis, lambda value: f"{number(value * 1000)} µs" if value < 1 else f"{number(value)} ms")
+    _rows(axis, scenarios, theme)
+    _title(figure, theme, "Latency", "medians over the runs; logarithmic. Pipelined rows time a whole batch")
+    markers: list[Any] = [
+        Line2D([], [], color=theme.faint, marker=marker, linestyle="none", markersize=5, label=name)
+        for _, marker, name in _PERCENTILES
+    ]
+    _legend(figure, theme, [*_arm_handles(arms, theme), *markers])
+    return _png(figure)
+
+
+def _log_ticks(axis: Axes, text: Callable[[float], str]) -> None:
+    axis.xaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=24))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    low, high = axis.get_xlim()
+    if high / low > 300:
+        axis.xaxis.set_major_locator(LogLocator(base=10, numticks=24))
+
+
+def cpu(document: Document, theme: Theme) -> bytes | None:
+    """CPU per operation by arm: the whole machine, and within it (solid) the server's process."""
+    scenarios = [
+        s for s in document["scenarios"] if s["offload"]["system_cpu_us_per_op"] and not s.get("rate")
+    ]
+    if not scenarios:
+        return None
+    arms = _arms_of(scenarios)
+    figure, [[axis]] = _canvas([(0.21 * len(arms) + 0.12) * len(scenarios)], theme)
+    for index, scenario in enumerate(scenarios):
+        for arm, side, y, thick in _placed(scenario, arms, index):
+            system, server = median_of(side["system_cpu_us_per_op"]), median_of(side["server_cpu_us_per_op"])
+            if system is not None:
+                axis.barh(y, system, height=thick, color=theme.arms[arm], alpha=0.38)
+                axis.annotate(
+                    f"{number(system)} ({number(server)})",
+                    (system, y),
+                    xytext=(4, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=7.4,
+                    color=theme.ink if arm == "offload" else theme.faint,
+                )
+            if server is not None:
+                axis.barh(y, server, height=thick, color=theme.arms[arm])
+    axis.set_xlim(0, axis.get_xlim()[1] * 1.1)
+    _rows(axis, scenarios, theme)
+    _title(
+        figure,
+        theme,
+        "CPU per operation",
+        "µs: whole machine (pale), of it redis-server (solid, in brackets)",
+    )
+    _legend(figure, theme, _arm_handles(arms, theme))
+    return _png(figure)
+
+
+# (entry of "ratio", metric of the targets, heading, a higher value is better)
+_RATIO_COLUMNS = (
+    ("rps", "rps", "throughput", True),
+    ("p99", "p99", "p99 latency", False),
+    ("system_cpu", "system_cpu", "system CPU per op", False),
+)
+
+
+def ratio(document: Document, theme: Theme) -> bytes | None:
+    """Offload divided by plain Redis over TCP: median and min–max over the pairs, with targets as ticks."""
+    scenarios = [s for s in document["scenarios"] if s["ratio"]["rps"] and not s.get("rate")]
+    if not scenarios:
+        return None
+    figure, [axes] = _canvas([0.3 * len(scenarios) + 0.1], theme, columns=3, titled=True)
+    for column, (axis, (entry, metric, heading, higher)) in enumerate(zip(axes, _RATIO_COLUMNS, strict=True)):
+        for index, scenario in enumerate(scenarios):
+            if index % 2:
+                axis.axhspan(index - 0.5, index + 0.5, color=theme.grid, alpha=0.35, linewidth=0)
+            found = scenario["ratio"][entry]
+            target = next((t for t in scenario.get("targets", ()) if t["metric"] == metric), None)
+            wanted = target.get("at_least", target.get("at_most")) if target else None
+            if found is None:
+                axis.text(1.0, index, "–", color=theme.faint, va="center", ha="center", fontsize=8)
+                continue
+            median = found["median"]
+            # Within 3 % of plain Redis is neither: it is the noise of a shared machine.
+            worse = median < 0.97 if higher else median > 1.03
+            colour = theme.bad if worse else theme.arms["offload"]
+            axis.plot([found["min"], found["max"]], [index, index], color=colour, linewidth=1.8, alpha=0.6)
+            axis.plot([median], [index], marker="o", color=colour, markersize=5.2)
+            axis.annotate(
+                number(median),
+                (max(found["max"], wanted or 0.0), index),
+                xytext=(7, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7.6,
+                color=theme.ink,
+            )
+            if target is not None and wanted is not None:
+                met = theme.good if target["met"] else theme.bad
+                axis.plot([wanted], [index], marker="|", markersize=13, markeredgewidth=2, color=met)
+        axis.axvline(1.0, color=theme.faint, linewidth=1)
+        axis.set_xscale("log")
+        low, high = axis.get_xlim()
+        axis.set_xlim(min(low / 1.15, 0.7), max(high * 1.45, 1.5))
+        _log_ticks(axis, lambda value: f"{value:g}×")
+        axis.tick_params(axis="x", labelsize=7.6)
+        axis.set_title(heading, loc="left", fontsize=9, color=theme.faint, pad=6)
+        _rows(axis, scenarios, theme, labels=column == 0)
+    _title(
+        figure,
+        theme,
+        "Offload divided by plain Redis over TCP",
+        "pair by pair: median and range; 1× is plain Redis",
+    )
+    handles = [
+        Line2D(
+            [],
+            [],
+            color=theme.arms["offload"],
+            marker="o",
+            markersize=5,
+            label="as good as plain Redis, or better",
+        ),
+        Line2D([], [], color=theme.bad, marker="o", markersize=5, label="worse"),
+        Line2D(
+            [],
+            [],
+            color=theme.good,
+            marker="|",
+            linestyle="none",
+            markersize=11,
+            markeredgewidth=2,
+            label="target met",
+        ),
+        Line2D(
+            [],
+            [],
+            color=theme.bad,
+            marker="|",
+            linestyle="none",
+            markersize=11,
+            markeredgewidth=2,
+            label="missed",
+        ),
+    ]
+    _legend(figure, theme, handles)
+    return _png(figure)
+
+
+def recovery(document: Document, theme: Theme) -> bytes | None:
+    """The share of requests that the kernel served over time, around the burst."""
+    found = next((s["recovery"] for s in document["scenarios"] if s.get("recovery")), None)
+    if found is None or not found["series"]:
+        return None
+    figure, [[axis]] = _canvas([2.2], theme, left=0.08)
+    began, ended = found["burst"]
+    axis.axvspan(began, ended, color=theme.bad, alpha=0.16, linewidth=0)
+    axis.annotate(
+        "burst", ((began + ended) / 2, 6), ha="center", fontsize=8.5, color=theme.bad, annotation_clip=False
+    )
+    axis.plot(
+        [t for t, _ in found["series"]],
+        [share * 100 for _, share in found["series"]],
+        color=theme.arms["offload"],
+        linewidth=1.8,
+    )
+    seconds = found["seconds"]
+    text = "not recovered" if seconds is None else f"back {number(seconds['median'])} s after the burst"
+    axis.annotate(text, (ended, 50), xytext=(8, 0), textcoords="offset points", fontsize=9, color=theme.ink)
+    axis.set_ylim(0, 101)
+    axis.set_xlim(0, found["series"][-1][0])
+    axis.set_yticks([0, 25, 50, 75, 100])
+    axis.set_yticklabels(["0 %", "25 %", "50 %", "75 %", "100 %"])
+    axis.grid(axis="y", color=theme.grid, linewidth=0.8)
+    axis.set_xlabel("seconds", fontsize=8.8, color=theme.faint)
+    _title(
+        figure,
+        theme,
+        "Recovery",
+        "share of all requests served in the kernel, in windows of 50 ms (first run)",
+    )
+    return _png(figure)
+
+
+PLOTS: Mapping[str, Callable[[Document, Theme], bytes | None]] = {
+    "throughput": throughput,
+    "ratio": ratio,
+    "latency": latency,
+    "cpu": cpu,
+    "recovery": recovery,
+}
+
+
+def draw(document: Document, theme: Theme) -> dict[str, bytes]:
+    """Every plot that the document has data for, by name."""
+    drawn = {name: plot(document, theme) for name, plot in PLOTS.items()}
+    return {name: data for name, data in drawn.items() if data is not None}

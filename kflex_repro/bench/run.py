@@ -1,0 +1,288 @@
+"""One benchmark run from plan to result: which beds, in which order, what is kept when it is cut short."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from kflex_repro.bench import netns
+from kflex_repro.bench.bed import Bed, attached_bed, own_bed, parse_host_port
+from kflex_repro.bench.load import redis_benchmark_binary
+from kflex_repro.bench.pair import Runner
+from kflex_repro.bench.report import write_report
+from kflex_repro.bench.result import Result, ScenarioResult, write_result
+from kflex_repro.bench.scenario import Scenario, estimate, load_scenarios, select
+from kflex_repro.errors import KflexError, Unavailable
+
+FULL_PAIRS, FULL_SECONDS = 5, 3.0
+QUICK_PAIRS, QUICK_SECONDS = 3, 2.5
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for; None where nothing was said."""
+
+    attach: str | None = None
+    quick: bool = False
+    names: tuple[str, ...] = ()
+    pairs: int | None = None
+    seconds: float | None = None
+    netns: bool = False
+    out: Path | None = None
+    keys: int | None = None
+    port: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be run. ``estimate_s`` in seconds of wall clock."""
+
+    scenarios: tuple[Scenario, ...]
+    pairs: int
+    seconds: float
+    attach: tuple[str, int] | None
+    port: int | None
+    out: Path
+
+    @property
+    def estimate_s(self) -> float:
+        return estimate(self.scenarios, self.pairs, self.seconds)
+
+    @property
+    def runs(self) -> int:
+        """Measured runs of the load generator (calibration not counted)."""
+        return sum(len(scenario.arms) for scenario in self.scenarios) * self.pairs
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "scenarios": [scenario.name for scenario in self.scenarios],
+            "pairs": self.pairs,
+            "seconds": self.seconds,
+            "runs": self.runs,
+            "estimate_s": round(self.estimate_s),
+            "attach": f"{self.attach[0]}:{self.attach[1]}" if self.attach else None,
+            "out": str(self.out),
+        }
+
+
+def make_plan(options: Options, scenarios: Sequence[Scenario] | None = None) -> Plan:
+    """Turn options into a plan; KflexError with exit code 2 for what does not go together."""
+    if options.attach and (options.port or options.netns):
+        raise KflexError("--attach goes with neither --port nor --netns", exit_code=2)
+    every = load_scenarios() if scenarios is None else scenarios
+    chosen = select(every, options.names, quick=options.quick, netns=options.netns)
+    if options.attach:
+        unfit = [s.name for s in chosen if s.mode != "coherent" or s.path != "local"]
+        if unfit and options.names:
+            raise KflexError(f"scenario {unfit[0]} needs servers of its own", "--attach", exit_code=2)
+        chosen = tuple(s for s in chosen if s.name not in unfit)
+    if options.keys:
+        chosen = tuple(replace(s, keys=options.keys) for s in chosen)
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    return Plan(
+        scenarios=chosen,
+        pairs=options.pairs or (QUICK_PAIRS if options.quick else FULL_PAIRS),
+        seconds=options.seconds or (QUICK_SECONDS if options.quick else FULL_SECONDS),
+        attach=parse_host_port(options.attach) if options.attach else None,
+        port=options.port,
+        out=options.out or Path("results") / f"{stamp}-redis",
+    )
+
+
+def check_host() -> None:
+    """Unavailable (exit code 3) if this user or machine cannot run a benchmark at all."""
+    if os.geteuid() != 0:
+        raise Unavailable(
+            "the benchmark attaches the offload", fix="run it as root: sudo kflex-repro bench redis"
+        )
+    redis_benchmark_binary()
+
+
+@contextmanager
+def calm_exit(inner: AbstractContextManager[_T]) -> Iterator[_T]:
+    """``inner``, whose exit cannot be interrupted: a second Ctrl-C must not leave hooks or servers behind."""
+    value = inner.__enter__()
+    try:
+        yield value
+    except BaseException as error:
+        with _deaf():
+            if not inner.__exit__(type(error), error, error.__traceback__):
+                raise
+    else:
+        with _deaf():
+            inner.__exit__(None, None, None)
+
+
+@contextmanager
+def _deaf() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclass
+class Events:
+    """Who wants to know: ``step(seconds of the estimate done, what is going on)``, ``finished(result)``."""
+
+    step: Callable[[float, str], None] = lambda _seconds, _text: None
+    finished: Callable[[ScenarioResult], None] = lambda _result: None
+
+
+class Run:
+    """Executes a plan. ``result`` is what there is so far, at any time, also after a failure."""
+
+    def __init__(self, plan: Plan, command: str, events: Events | None = None) -> None:
+        self.plan = plan
+        self._command = command
+        self._events = events or Events()
+        self._started = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        self._host: dict[str, Any] = {}
+        self._redis: dict[str, Any] = {"version": "?", "args": []}
+        self._notes: list[str] = []
+        self._runner = Runner(plan.pairs, plan.seconds, self._events.step)
+        self._complete = False
+
+    @property
+    def mismatches(self) -> int:
+        """Wrong answers so far, also in pairs that were not completed."""
+        return self._runner.checked.mismatches
+
+    def result(self) -> Result:
+        return Result(
+            host=self._host,
+            redis=self._redis,
+            command=self._command,
+            started=self._started,
+            scenarios=tuple(self._runner.results),
+            interrupted=not self._complete,
+            notes=(*self._notes, *self._runner.notes),
+        )
+
+    def execute(self) -> Result:
+        """Run everything, write result.json after every scenario and the report at the end.
+
+        Whatever ends it early (Ctrl-C, a dead server, a full disk) leaves what was completed in result.json,
+        marked as interrupted, and goes on as an exception.
+        """
+        self._make_out()
+        self._events.step(0.0, "looking at the machine")
+        self._host = _host_facts()
+        # Also a promise that there is room: better now than after half an hour.
+        self._save()
+        try:
+            self._all()
+        except BaseException:
+            with _deaf():
+                self._runner.give_up()
+                with suppress(KflexError):
+                    self._save()
+            if self._runner.results:
+                with suppress(KflexError):
+                    self._write_report()
+            raise
+        self._complete = True
+        self._save()
+        self._events.step(0.0, "drawing the report")
+        self._write_report()
+        return self.result()
+
+    def _make_out(self) -> None:
+        try:
+            self.plan.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise KflexError(
+                f"cannot create the results directory, {error.strerror}",
+                str(self.plan.out),
+                "choose another --out",
+            ) from error
+
+    def _save(self) -> None:
+        write_result(self.result(), self.plan.out)
+
+    def _write_report(self) -> None:
+        write_report(self.result().to_json(), self.plan.out)
+
+    def _all(self) -> None:
+        scenarios = self.plan.scenarios
+        if self.plan.attach:
+            self._on(attached_bed(*self.plan.attach), scenarios)
+            return
+        netns.sweep()
+        self._events.step(0.0, "building what is not built yet")
+        built = _built()
+        groups = {
+            mode: [s for s in scenarios if s.path == "local" and s.mode == mode]
+            for mode in ("coherent", "store")
+        }
+        for mode, group in groups.items():
+            if group:
+                self._on(own_bed(mode=mode, port=self.plan.port, built=built), group)
+        remote = [s for s in scenarios if s.path == "remote"]
+        if remote:
+            with calm_exit(netns.VethPair()) as veth:
+                self._on(own_bed(port=self.plan.port, veth=veth, built=built), remote)
+
+    def _on(self, making: AbstractContextManager[Bed], scenarios: Sequence[Scenario]) -> None:
+        self._events.step(0.0, "starting the servers")
+        with calm_exit(making) as bed:
+            self._redis = {"version": bed.redis_version, "args": list(bed.redis_args)}
+            self._notes += [note for note in bed.notes if note not in self._notes]
+            for scenario in scenarios:
+                result = self._runner.run(bed, scenario)
+                self._events.finished(result)
+                self._save()
+
+
+def _built() -> Any:
+    from kflex_repro import build
+
+    return build.ensure()
+
+
+def _host_facts() -> dict[str, Any]:
+    from kflex_repro import host
+
+    return dict(host.summary())
+
+
+class Clock:
+    """How long a run still takes: the estimate, corrected by how the part that is done went."""
+
+    def __init__(self, estimate_s: float, now: Callable[[], float] = time.monotonic) -> None:
+        self._total, self._now = max(1.0, estimate_s), now
+        self._start = now()
+        self.done = 0.0
+
+    def advance(self, seconds: float) -> None:
+        """``seconds`` of the estimate are done."""
+        self.done = min(self._total, self.done + seconds)
+
+    @property
+    def share(self) -> float:
+        return self.done / self._total
+
+    @property
+    def left_s(self) -> float:
+        """Seconds left; trusts the estimate until a tenth is done."""
+        elapsed = self._now() - self._start
+        rest = self._total - self.done
+        if self.share < 0.1:
+            return max(0.0, self._total - elapsed) if elapsed > self.done else rest
+        return rest * elapsed / self.done
