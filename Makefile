@@ -1,0 +1,53 @@
+# sudo make bench | test | soak | setup;  make lint.  What is there already is skipped.
+#   ARGS="..."   more arguments for kflex-repro bench redis, or for pytest
+#   PYTHON=...   the interpreter for .venv (3.11 or newer)
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+BIN := .venv/bin
+C_SOURCES := $(wildcard bpf/*.c bpf/*.h module/*.c module/*.h)
+export PYTHON
+
+ifneq ($(filter setup bench test soak,$(MAKECMDGOALS)),)
+ifneq ($(shell id -u),0)
+$(error make $(MAKECMDGOALS) needs root: sudo make $(MAKECMDGOALS))
+endif
+endif
+
+.PHONY: help setup bench test soak lint format clean
+
+help:
+	@echo "sudo make bench   set up, build, benchmark plain Redis against the offload"
+	@echo "sudo make test    set up, lint, run the tests"
+	@echo "sudo make soak    set up, run the long tests"
+	@echo "sudo make setup   system packages, .venv, BPF objects, the Redis module"
+	@echo "make lint         ruff, mypy, clang-format"
+
+setup:
+	@scripts/setup
+	@$(BIN)/kflex-repro build
+
+bench: setup
+	@$(BIN)/kflex-repro bench redis $(ARGS)
+
+test: setup lint
+	@$(BIN)/python -m pytest $(ARGS)
+
+soak: setup
+	@KFLEX_SOAK=1 $(BIN)/python -m pytest -m soak $(ARGS)
+
+lint:
+	@if [ ! -x $(BIN)/ruff ]; then echo "no .venv yet: sudo make setup" >&2; exit 1; fi
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(if $(C_SOURCES),clang-format --dry-run -Werror $(C_SOURCES))
+
+format:
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(C_SOURCES),clang-format -i $(C_SOURCES))
+
+clean:
+	rm -rf .venv .make *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
