@@ -8,7 +8,6 @@ instead: the expectations on replies must hold there too, only those on what the
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import itertools
 import json
@@ -281,9 +280,8 @@ def offloaded_server(
             yield sut
         return
     need_offload()
-    from kflex_repro.offload import session as offload
-
     from kflex_repro import build
+    from kflex_repro.offload import session as offload
 
     built = build.ensure(defines=dict(defines or {}))
     with _managed(args, built.module, **kw) as server:
@@ -434,18 +432,6 @@ def kill(pid: int) -> None:
 
 def have(program: str) -> bool:
     return shutil.which(program) is not None
-
-
-def send_some(sock: socket.socket, data: bytes) -> int:
-    """One non-blocking send; how many bytes the socket took (0 when it would have blocked)."""
-    try:
-        return sock.send(data, socket.MSG_DONTWAIT)
-    except BlockingIOError:
-        return 0
-    except OSError as error:
-        if error.errno in (errno.EPIPE, errno.ECONNRESET):
-            raise ConnectionError from error
-        raise
 
 
 def rng(*seed: object) -> random.Random:
