@@ -59,26 +59,6 @@ int kflex_enrol(struct bpf_sock_ops *s)
 #define PREFIX_GET 0x0a0d33240a0d322aull
 #define PREFIX_SET 0x0a0d33240a0d332aull
 
-/* Reads "<digits>\r\n" at c->hdr[at]. Returns the number and leaves the length of the text in *used, or -1. */
-static __always_inline int read_length(struct kflex_conn *c, __u32 at, __u32 *used)
-{
-	__u32 i, n = 0, d;
-
-	for (i = 0; i < 4; i++) {
-		d = (__u32)c->hdr[(at + i) & 0x1ff] - '0';
-		if (d > 9)
-			break;
-		n = n * 10 + d;
-	}
-	/* Redis refuses numbers with leading zeros: leave those to it. */
-	if (!i || (i > 1 && c->hdr[at & 0x1ff] == '0'))
-		return -1;
-	if (c->hdr[(at + i) & 0x1ff] != '\r' || c->hdr[(at + i + 1) & 0x1ff] != '\n')
-		return -1;
-	*used = i + 2;
-	return n;
-}
-
 /*
  * Parses the request at byte `at` of the message that starts at kernel address addr and has size bytes.
  * Returns its length and fills desc[i] and c->key, or minus the reason for passing.
@@ -87,7 +67,7 @@ __noinline int parse_request(struct kflex_conn *c, __u64 addr, __u32 at, __u32 s
 {
 	__u32 left = size - at, n, used = 0, klen, vlen, pos, w;
 	struct kflex_desc *d;
-	__u64 prefix, word;
+	__u64 prefix;
 	__u32 name;
 	int num;
 
@@ -125,10 +105,7 @@ __noinline int parse_request(struct kflex_conn *c, __u64 addr, __u32 at, __u32 s
 	for (w = 0; w < 32; w++) {
 		if (w * 8 >= klen)
 			break;
-		word = *(__u64 *)&c->hdr[(pos & 31) + w * 8];
-		if (klen - w * 8 < 8)
-			word &= ~0ull >> (64 - 8 * ((klen - w * 8) & 7));
-		c->key[w] = word;
+		c->key[w] = head_of(*(__u64 *)&c->hdr[(pos & 31) + w * 8], klen - w * 8);
 	}
 	pos += klen;
 	if (c->hdr[pos & 0x1ff] != '\r' || c->hdr[(pos + 1) & 0x1ff] != '\n')

@@ -91,11 +91,6 @@ static __always_inline void account_request(struct sk_msg_md *m, struct kflex_ct
 	count_many(k, KFLEX_STAT_PASSED, c->req.frames - before);
 }
 
-static __always_inline int is_whole(struct kflex_parser *p)
-{
-	return !p->skip && !p->remaining && p->st == RESP_TYPE;
-}
-
 /* May a reply of ours be the next thing that the client reads? Returns 0 or the reason why not. */
 static __always_inline int in_order(struct kflex_conn *c, struct tcp_sock *tp)
 {
