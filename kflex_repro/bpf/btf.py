@@ -162,11 +162,11 @@ class Btf:
         try:
             return self._class(number)
         except (
-            IndexError,
-            KeyError,
+            ArithmeticError,
+            AttributeError,
+            LookupError,
             TypeError,
             ValueError,
-            OverflowError,
             MemoryError,
             RecursionError,
         ) as error:

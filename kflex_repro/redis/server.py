@@ -189,8 +189,9 @@ class ManagedServer:
     def _spawn(self) -> None:
         command = self.args
         if self._netns:
-            command = ["ip", "netns", "exec", self._netns, *command]
-        # A killed toolkit must not leave servers behind; setpriv and ip become the server by exec, same pid.
+            # Not `ip netns exec`: it remounts /sys, which needs more rights and fails in a chroot.
+            command = ["nsenter", f"--net=/run/netns/{self._netns}", *command]
+        # A killed toolkit must not leave servers; setpriv and nsenter become the server by exec, same pid.
         if setpriv := shutil.which("setpriv"):
             command = [setpriv, "--pdeathsig", "TERM", *command]
         with self.log.open("ab") as stream:
@@ -262,7 +263,7 @@ class ManagedServer:
             return ""
         # Its banner is drawn with characters: only lines with a time stamp or a complaint say something.
         said = [line.strip() for line in lines if re.match(r"\d+:[A-Z] |\*\*\*|>>>|.*[Ee]rror|'", line)]
-        return " | ".join(said[-count:])
+        return " | ".join((said or [line.strip() for line in lines])[-count:])
 
     def client(self, **kw: Any) -> redis.Redis:
         """A redis-py client: bytes in and out, nothing sent twice; over the unix socket in a netns."""

@@ -134,6 +134,11 @@ def test_in_a_network_namespace() -> None:
         subprocess.run(["ip", "netns", "delete", name], check=True)
 
 
+def test_a_missing_network_namespace_is_said() -> None:
+    with pytest.raises(KflexError, match=r"redis-server exited: .*kflex-none"):
+        ManagedServer(netns="kflex-none").start()
+
+
 def test_binary_and_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert server.redis_binary().is_file() and len(server.redis_version()) == 3
     assert server.known_good((7, 0, 15)) and not server.known_good((7, 2, 0))
