@@ -111,6 +111,9 @@ def obtain(kind: str, key: str, build: Callable[[Path], None], force: bool = Fal
         if not force and intact(place):
             return place, False
         place.parent.mkdir(parents=True, exist_ok=True)
+        # We hold the lock: what still lies here is of a builder that was killed.
+        for left in place.parent.glob(f".{key}-*"):
+            _discard(left)
         fresh = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=place.parent))
         try:
             build(fresh)

@@ -214,6 +214,27 @@ def test_a_failing_builder_leaves_nothing(own_cache: Path) -> None:
     assert list((own_cache / "kind").iterdir()) == []
 
 
+def test_what_a_killed_builder_left_is_removed(own_cache: Path) -> None:
+    left = own_cache / "kind" / ".key-abcdefgh"
+    left.mkdir(parents=True)
+    (left / "half").write_text("half")
+    cache.obtain("kind", "key", lambda out: (out / "output").write_text("made") and None)
+    assert [path.name for path in (own_cache / "kind").iterdir()] == ["key"]
+
+
+@pytest.mark.soak
+def test_libbpf_from_the_distributions_source() -> None:
+    runner = toolchain.Runner()
+    try:
+        place, fresh = libbpf.from_source(runner)
+    except Unavailable as error:
+        unavailable(str(error))
+    assert fresh and libbpf.from_source(runner) == (place, False)
+    assert (place / "include" / "bpf" / "bpf_helpers.h").exists()
+    version = libbpf.system_version(str(place / "lib" / "libbpf.so.1"))
+    assert version is not None and version >= libbpf.MINIMUM
+
+
 def test_keys_know_boundaries() -> None:
     assert cache.digest(["ab", "c"]) != cache.digest(["a", "bc"])
     assert cache.digest(["a"]) == cache.digest([b"a"])
