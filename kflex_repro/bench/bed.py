@@ -177,6 +177,19 @@ def _batches(items: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
         yield items[start : start + _BATCH]
 
 
+def server_args(command: Sequence[str]) -> tuple[str, ...]:
+    """What a result says about a server's command line: without the places of this one run."""
+    places = ("--port", "--dir", "--unixsocket", "--unixsocketperm")
+    kept: list[str] = []
+    words = iter(command[1:])
+    for word in words:
+        if word in places:
+            next(words, None)
+        else:
+            kept.append(Path(word).name if word.endswith(".so") else word)
+    return tuple(kept)
+
+
 def _version_of(client: redis.Redis) -> str:
     return str(client.info("server").get("redis_version", "?"))
 
@@ -223,7 +236,7 @@ def own_bed(
 
         with plain.client() as client:
             version = _version_of(client)
-        yield Bed(endpoint(plain), endpoint(served), session, version, tuple(args), mode)
+        yield Bed(endpoint(plain), endpoint(served), session, version, server_args(served.args), mode)
 
 
 def parse_host_port(text: str) -> tuple[str, int]:
