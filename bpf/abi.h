@@ -271,9 +271,10 @@ struct kflex_conn {
 	__u32 expect;	/* write_seq that the next message must find */
 	__u32 injected; /* replies since the ingress queue was last seen empty */
 	__u32 injected_bytes;
-	__u32 plan_n;	  /* requests of the message at hand */
-	__u32 plan_sets;  /* of them SETs */
-	__u32 plan_reply; /* bytes of all their replies */
+	__u32 plan_n;	   /* requests of the message at hand */
+	__u32 plan_sets;   /* of them SETs */
+	__u32 plan_reply;  /* bytes of all their replies */
+	__u32 plan_active; /* counted in as a writer */
 	__u64 served;
 	__u64 passed; /* messages */
 	struct kflex_parser req;

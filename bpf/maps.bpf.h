@@ -15,6 +15,12 @@
 #define READ_ONCE(x)	 (*(volatile typeof(x) *)&(x))
 #define WRITE_ONCE(x, v) (*(volatile typeof(x) *)&(x) = (v))
 
+/*
+ * Bounds x where the verifier can see it: compilers drop a mask that they can prove useless, and kernels before 6.4
+ * forget what they know of a 32-bit value that was spilled.
+ */
+#define BOUND(x, mask) asm volatile("%0 &= %1" : "+r"(x) : "i"(mask))
+
 struct kflex_chunk {
 	__u8 bytes[KFLEX_CHUNK_CELLS * KFLEX_CELL + KFLEX_CHUNK_SLACK];
 };
@@ -139,14 +145,17 @@ static __always_inline struct kflex_cpu *get_cpu(struct kflex_ctl *c)
 	return &c->cpu[bpf_get_smp_processor_id() & (KFLEX_MAX_CPUS - 1)];
 }
 
-static __always_inline void count(struct kflex_ctl *c, enum kflex_stat what)
+_Static_assert(KFLEX_STAT_COUNT <= 32, "count_many() masks with 31");
+
+static __always_inline void count_many(struct kflex_ctl *c, __u64 what, __u32 n)
 {
-	__sync_fetch_and_add(&get_cpu(c)->stat[what], 1);
+	BOUND(what, 31);
+	__sync_fetch_and_add(&get_cpu(c)->stat[what], n);
 }
 
-static __always_inline void count_many(struct kflex_ctl *c, enum kflex_stat what, __u32 n)
+static __always_inline void count(struct kflex_ctl *c, enum kflex_stat what)
 {
-	__sync_fetch_and_add(&get_cpu(c)->stat[what], n);
+	count_many(c, what, 1);
 }
 
 #endif

@@ -65,7 +65,8 @@ int kflex_enrol(struct bpf_sock_ops *s)
  */
 __noinline int parse_request(struct kflex_conn *c, __u64 addr, __u32 at, __u32 size, __u32 i)
 {
-	__u32 left = size - at, n, used = 0, klen, vlen, pos, w;
+	__u32 left = size - at, used = 0, klen, vlen, pos, w;
+	__u64 n;
 	struct kflex_desc *d;
 	__u64 prefix;
 	__u32 name;
@@ -77,6 +78,7 @@ __noinline int parse_request(struct kflex_conn *c, __u64 addr, __u32 at, __u32 s
 	n = left < 320 ? left : 320;
 	if (n < 19) /* "*2\r\n$3\r\nGET\r\n$0\r\n\r\n" */
 		return -KFLEX_STAT_WHY_OTHER;
+	BOUND(n, 0x1ff);
 	if (bpf_probe_read_kernel(c->hdr, n, (void *)(addr + at)))
 		return -KFLEX_STAT_WHY_OTHER;
 	prefix = *(__u64 *)c->hdr;
@@ -154,7 +156,7 @@ __noinline int write_value(struct sk_msg_md *m, __u32 conn, __u32 i, __u32 at)
 	struct kflex_entry *e;
 	struct kflex_desc *d;
 	__u32 vlen, pad, hlen, b, full;
-	__u64 head;
+	__u64 head, off = at;
 	__u8 *p, *end = (void *)(long)m->data_end, *v;
 
 	if (!c || at > KFLEX_MAX_MESSAGE)
@@ -184,7 +186,8 @@ __noinline int write_value(struct sk_msg_md *m, __u32 conn, __u32 i, __u32 at)
 		       (__u64)('0' + vlen / 10 % 10) << 24 | (__u64)('0' + vlen % 10) << 32 | 0x0a0d0000000000;
 		hlen = 7;
 	}
-	p = (__u8 *)(long)m->data + at;
+	BOUND(off, 0x7fff);
+	p = (__u8 *)(long)m->data + off;
 	if (p + 8 <= end) {
 		*(__u64 *)p = head; /* what is too much is overwritten below, or by the next reply */
 	} else {
@@ -244,30 +247,16 @@ __noinline int write_value(struct sk_msg_md *m, __u32 conn, __u32 i, __u32 at)
 __noinline int write_ok(struct sk_msg_md *m, __u32 at)
 {
 	__u8 *p, *end = (void *)(long)m->data_end;
+	__u64 off = at;
 
 	if (at > KFLEX_MAX_MESSAGE)
 		return -1;
-	p = (__u8 *)(long)m->data + at;
+	BOUND(off, 0x7fff);
+	p = (__u8 *)(long)m->data + off;
 	if (p + 5 > end)
 		return -1;
 	*(__u32 *)p = 0x0d4b4f2b; /* "+OK\r" */
 	p[4] = '\n';
-	return 0;
-}
-
-/* Releases what the first n requests hold. */
-__noinline int release(struct kflex_conn *c, __u32 n)
-{
-	__u32 i;
-
-	if (!c)
-		return -1;
-	for (i = 0; i < KFLEX_MAX_PIPELINE; i++) {
-		if (i >= n)
-			break;
-		if (c->desc[i].set)
-			table_abort(c, i);
-	}
 	return 0;
 }
 
@@ -288,87 +277,124 @@ static __always_inline void leave(struct kflex_ctl *k, __u32 inside)
 	}
 }
 
-/* Parses the message and finds everything that its requests need. Returns 0 or the reason for passing; then nothing is held. */
-__noinline int plan_message(struct kflex_conn *c, __u64 addr, __u32 size, __u32 owner)
+/*
+ * Counts ourselves in as a writer, then looks at the gate: whoever closes it waits for the count. Returns 0, or the
+ * reason why no SET may be accepted; then nothing is counted.
+ */
+__noinline int enter_gate(struct kflex_conn *c)
 {
 	struct kflex_ctl *k = get_ctl();
-	__u32 at = 0, i, reply = 0, sets = 0, active = 0, allow;
-	int r, why;
+	__u32 t;
+	int why;
 
 	if (!c || !k)
 		return KFLEX_STAT_WHY_OFF;
-	allow = READ_ONCE(k->allow);
-	for (i = 0; i < KFLEX_MAX_PIPELINE; i++) {
-		struct kflex_desc *d = &c->desc[i];
+	/* A generation is flipped within a microsecond: worth a moment. */
+	for (t = 0; t < 256; t++)
+		if (!READ_ONCE(k->hold))
+			break;
+	enter(k);
+	why = KFLEX_STAT_WHY_GATE;
+	if (!store && !READ_ONCE(k->gate))
+		goto out;
+	why = KFLEX_STAT_WHY_HELD;
+	if (READ_ONCE(k->hold))
+		goto out;
+	why = KFLEX_STAT_WHY_OFF;
+	if (READ_ONCE(k->disabled) || !(READ_ONCE(k->allow) & KFLEX_ALLOW_SET))
+		goto out;
+	why = KFLEX_STAT_WHY_FULL;
+	if (!store && READ_ONCE(k->head) - READ_ONCE(k->tail) > ring_mask / 2)
+		goto out;
+	return 0;
+out:
+	leave(k, 1);
+	return why;
+}
 
-		r = parse_request(c, addr, at, size, i);
+/*
+ * Plans a request; at_i is its first byte << 16 | its number (BPF functions have five arguments). Returns its length, or
+ * minus the reason for passing the message.
+ */
+__noinline int plan_request(struct kflex_conn *c, __u64 addr, __u32 at_i, __u32 size, __u32 owner)
+{
+	struct kflex_ctl *k = get_ctl();
+	__u32 at = at_i >> 16, i = at_i & 0xffff;
+	int length, r;
+
+	if (!c || !k)
+		return -KFLEX_STAT_WHY_OFF;
+	length = parse_request(c, addr, at, size, i);
+	if (length < 0)
+		return length;
+	if (!c->desc[i & (KFLEX_MAX_PIPELINE - 1)].set) {
+		if (!(READ_ONCE(k->allow) & KFLEX_ALLOW_GET))
+			return -KFLEX_STAT_WHY_OFF;
+		r = table_get(c, i);
+		if (r < 0)
+			return r;
+		c->plan_reply += r;
+		return length;
+	}
+	if (!(READ_ONCE(k->allow) & KFLEX_ALLOW_SET))
+		return -KFLEX_STAT_WHY_OFF;
+	if (!c->plan_active) {
+		r = enter_gate(c);
+		if (r)
+			return -r;
+		c->plan_active = 1;
+	}
+	r = table_prepare(c, i, owner);
+	if (r)
+		return -r;
+	c->plan_reply += 5;
+	c->plan_sets++;
+	return length;
+}
+
+/* Gives up a plan of n requests: nothing is held any more. */
+__noinline int abandon(struct kflex_conn *c, __u32 n)
+{
+	struct kflex_ctl *k = get_ctl();
+	__u32 i;
+
+	if (!c || !k)
+		return -1;
+	for (i = 0; i < KFLEX_MAX_PIPELINE; i++) {
+		if (i >= n)
+			break;
+		if (c->desc[i].set)
+			table_abort(c, i);
+	}
+	leave(k, c->plan_active);
+	c->plan_active = 0;
+	return 0;
+}
+
+/* Parses the message and finds everything that its requests need. Returns 0, or the reason for passing it. */
+__noinline int plan_message(struct kflex_conn *c, __u64 addr, __u32 size, __u32 owner)
+{
+	__u32 at = 0, i;
+	int r, why = KFLEX_STAT_WHY_SIZE;
+
+	if (!c)
+		return KFLEX_STAT_WHY_OFF;
+	c->plan_n = c->plan_sets = c->plan_reply = c->plan_active = 0;
+	for (i = 0; i < KFLEX_MAX_PIPELINE; i++) {
+		r = plan_request(c, addr, at << 16 | i, size, owner);
 		if (r < 0) {
 			why = -r;
-			goto fail;
+			break;
 		}
+		c->plan_n = i + 1;
 		at += r;
-		if (d->set) {
-			why = KFLEX_STAT_WHY_OFF;
-			if (!(allow & KFLEX_ALLOW_SET))
-				goto fail;
-			if (!active) {
-				/*
-				 * Count ourselves in, then look at the gate: whoever closes it waits for the count.
-				 * An atomic that returns a value is a full barrier.
-				 */
-				if (READ_ONCE(k->hold)) {
-					__u32 t;
-
-					for (t = 0; t < 256 && READ_ONCE(k->hold); t++)
-						;
-				}
-				enter(k);
-				active = 1;
-				why = KFLEX_STAT_WHY_GATE;
-				if (!store && !READ_ONCE(k->gate))
-					goto fail;
-				why = KFLEX_STAT_WHY_HELD;
-				if (READ_ONCE(k->hold))
-					goto fail;
-				why = KFLEX_STAT_WHY_OFF;
-				if (READ_ONCE(k->disabled) || !(READ_ONCE(k->allow) & KFLEX_ALLOW_SET))
-					goto fail;
-				why = KFLEX_STAT_WHY_FULL;
-				if (!store && READ_ONCE(k->head) - READ_ONCE(k->tail) > ring_mask / 2)
-					goto fail;
-			}
-			why = table_prepare(c, i, owner);
-			if (why)
-				goto fail;
-			reply += 5;
-			sets++;
-		} else {
-			why = KFLEX_STAT_WHY_OFF;
-			if (!(allow & KFLEX_ALLOW_GET))
-				goto fail;
-			r = table_get(c, i);
-			if (r < 0) {
-				why = -r;
-				goto fail;
-			}
-			reply += r;
-		}
 		if (at == size) {
-			c->plan_n = i + 1;
-			c->plan_sets = sets;
-			c->plan_reply = reply;
-			if (reply <= KFLEX_MAX_MESSAGE)
+			if (c->plan_reply <= KFLEX_MAX_MESSAGE)
 				return 0;
-			i++;
-			why = KFLEX_STAT_WHY_SIZE;
-			goto fail;
+			break;
 		}
 	}
-	i = KFLEX_MAX_PIPELINE;
-	why = KFLEX_STAT_WHY_SIZE;
-fail:
-	release(c, i);
-	leave(k, active);
+	abandon(c, c->plan_n);
 	return why;
 }
 
@@ -410,7 +436,7 @@ static __always_inline int serve_sets(struct sk_msg_md *m, struct kflex_ctl *k, 
 	int lost = 0;
 
 	commit_all(c, addr);
-	leave(k, 1);
+	leave(k, c->plan_active);
 	for (i = 0; i < KFLEX_MAX_PIPELINE; i++) {
 		if (i >= n)
 			break;
@@ -437,8 +463,7 @@ static __always_inline int serve_mixed(struct sk_msg_md *m, struct kflex_ctl *k,
 	int bad = 0;
 
 	if (bpf_msg_push_data(m, 0, reply, 0)) {
-		release(c, n);
-		leave(k, c->plan_sets);
+		abandon(c, n);
 		return -KFLEX_STAT_WHY_NOMEM;
 	}
 	for (i = 0; i < KFLEX_MAX_PIPELINE; i++) {
@@ -457,15 +482,14 @@ static __always_inline int serve_mixed(struct sk_msg_md *m, struct kflex_ctl *k,
 			bad |= table_moved(c, i);
 	}
 	if (bad) {
-		release(c, n);
-		leave(k, c->plan_sets);
+		abandon(c, n);
 		if (bpf_msg_pop_data(m, 0, reply, 0))
 			return SK_DROP;
 		return -KFLEX_STAT_WHY_LOCKED;
 	}
 	if (c->plan_sets) {
 		commit_all(c, addr);
-		leave(k, 1);
+		leave(k, c->plan_active);
 	}
 	if (bpf_msg_pop_data(m, reply, size, 0)) {
 		count(k, KFLEX_STAT_LOST);

@@ -60,14 +60,16 @@ __noinline int command_flags(struct kflex_conn *c)
 static __always_inline int request_bulk(struct feed *f, struct kflex_parser *p)
 {
 	struct kflex_conn *c = f->c;
-	__u32 num = p->num, at = 0;
+	__u64 num = p->num;
+	__u32 at = 0;
 
 	p->argn++;
 	if (p->argn == 1) {
 		if (num == 0 || num >= KFLEX_NAME || f->pos + num > f->len)
 			return RESP_BAD;
 		__builtin_memset(c->name[0], 0, sizeof(c->name[0]));
-		if (bpf_probe_read_kernel(c->name[0], num & 31, (void *)(f->addr + f->pos)))
+		BOUND(num, 31);
+		if (bpf_probe_read_kernel(c->name[0], num, (void *)(f->addr + f->pos)))
 			return RESP_BAD;
 		p->cmd = command_flags(c);
 		if (!p->cmd)
@@ -104,7 +106,8 @@ static __always_inline int request_bulk(struct feed *f, struct kflex_parser *p)
 		return RESP_BAD;
 	c->name[0][at & 15] = '|';
 	at = (at + 1) & 15;
-	if (bpf_probe_read_kernel(&c->name[0][at], num & 15, (void *)(f->addr + f->pos)))
+	BOUND(num, 15);
+	if (bpf_probe_read_kernel(&c->name[0][at], num, (void *)(f->addr + f->pos)))
 		return RESP_BAD;
 	return command_flags(c) ? 0 : RESP_BAD;
 }
@@ -120,6 +123,7 @@ static __always_inline void frame_end(struct kflex_parser *p)
 static __always_inline long feed_step(struct feed *f, struct kflex_parser *p, __u8 *win, int role)
 {
 	__u32 n, left;
+	__u64 bytes;
 	__u8 ch;
 
 	if (f->pos >= f->len)
@@ -135,10 +139,11 @@ static __always_inline long feed_step(struct feed *f, struct kflex_parser *p, __
 	}
 	n = f->pos - f->base;
 	if (n >= RESP_WINDOW) {
-		left = f->len - f->pos;
-		if (left > RESP_WINDOW)
-			left = RESP_WINDOW;
-		if (bpf_probe_read_kernel(win, left, (void *)(f->addr + f->pos)))
+		bytes = f->len - f->pos;
+		if (bytes > RESP_WINDOW)
+			bytes = RESP_WINDOW;
+		BOUND(bytes, 0x7f);
+		if (bpf_probe_read_kernel(win, bytes, (void *)(f->addr + f->pos)))
 			goto bad;
 		f->base = f->pos;
 		n = 0;
@@ -269,11 +274,14 @@ static __always_inline __u64 head_of(__u64 word, __u32 left)
  */
 __noinline __u32 fast_request(struct kflex_conn *c, __u64 addr, __u32 len)
 {
-	__u32 have = len < FAST_WINDOW ? len : FAST_WINDOW, used = 0, pos, argc, i;
-	__u64 *name;
+	__u64 have = len < FAST_WINDOW ? len : FAST_WINDOW, *name;
+	__u32 used = 0, pos, argc, i;
 	int n;
 
-	if (!c || have < 14 || bpf_probe_read_kernel(c->hdr, have, (void *)addr))
+	if (!c || have < 14)
+		return 0;
+	BOUND(have, 0x1ff);
+	if (bpf_probe_read_kernel(c->hdr, have, (void *)addr))
 		return 0;
 	if (c->hdr[0] != '*' || c->hdr[2] != '\r' || c->hdr[3] != '\n' || c->hdr[4] != '$')
 		return 0;
@@ -312,10 +320,14 @@ __noinline __u32 fast_request(struct kflex_conn *c, __u64 addr, __u32 len)
 /* The common reply, likewise. */
 __noinline __u32 fast_reply(struct kflex_conn *c, __u64 addr, __u32 len)
 {
-	__u32 have = len < RESP_WINDOW ? len : RESP_WINDOW, i, n = 0, d;
+	__u64 have = len < RESP_WINDOW ? len : RESP_WINDOW;
+	__u32 i, n = 0, d;
 	__u8 *w;
 
-	if (!c || have < 4 || bpf_probe_read_kernel(c->win[1], have, (void *)addr))
+	if (!c || have < 4)
+		return 0;
+	BOUND(have, 0x7f);
+	if (bpf_probe_read_kernel(c->win[1], have, (void *)addr))
 		return 0;
 	w = c->win[1];
 	if (w[0] == '$') {

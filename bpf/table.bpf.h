@@ -89,15 +89,16 @@ __noinline int hash_key(struct kflex_conn *c, __u32 i)
 }
 
 /* Takes a cell of the class, 0 when there is none. */
-__noinline __u32 cell_alloc(__u32 cls)
+__noinline __u32 cell_alloc(__u32 class)
 {
 	struct kflex_ctl *k = get_ctl();
+	__u64 old, pos, cls = class;
 	struct kflex_entry *e;
 	__u32 i, cell, cells;
-	__u64 old, pos;
 
 	if (!k || cls >= KFLEX_CLASSES)
 		return 0;
+	BOUND(cls, 15);
 	for (i = 0; i < 16; i++) {
 		old = READ_ONCE(k->free[cls]);
 		cell = (__u32)old;
@@ -128,14 +129,15 @@ __noinline int cell_free(__u32 cell)
 {
 	struct kflex_ctl *k = get_ctl();
 	struct kflex_entry *e = entry_at(cell);
-	__u32 i, cls;
-	__u64 old;
+	__u64 old, cls;
+	__u32 i;
 
 	if (!k || !e || !cell)
 		return -1;
 	cls = e->cls;
 	if (cls >= KFLEX_CLASSES)
 		return -1;
+	BOUND(cls, 15);
 	WRITE_ONCE(e->state, KFLEX_FREE);
 	for (i = 0; i < 1024; i++) {
 		old = READ_ONCE(k->free[cls]);
@@ -156,15 +158,12 @@ __noinline int bucket_lock(__u32 b, __u32 owner)
 		return KFLEX_STAT_WHY_LOCKED;
 	for (i = 0; i < SPIN; i++) {
 		seq = READ_ONCE(bucket->seq);
-		if (seq & 1) {
-			if (READ_ONCE(bucket->owner) == owner)
-				return KFLEX_STAT_WHY_LOCKED;
-			continue;
-		}
-		if (__sync_val_compare_and_swap(&bucket->seq, seq, seq + 1) == seq) {
+		if (!(seq & 1) && __sync_val_compare_and_swap(&bucket->seq, seq, seq + 1) == seq) {
 			bucket->owner = owner;
 			return 0;
 		}
+		if (READ_ONCE(bucket->owner) == owner)
+			return KFLEX_STAT_WHY_LOCKED;
 	}
 	return KFLEX_STAT_WHY_LOCKED;
 }
@@ -190,7 +189,8 @@ __noinline int table_get(struct kflex_conn *c, __u32 i)
 	struct kflex_bucket *bucket;
 	struct kflex_entry *e;
 	struct kflex_desc *d;
-	__u32 t, seq, vlen, cell, slot;
+	__u32 t, seq, vlen, cell;
+	__u64 slot;
 
 	if (!c || !k || hash_key(c, i))
 		return -KFLEX_STAT_WHY_MISS;
@@ -256,7 +256,8 @@ __noinline int table_prepare(struct kflex_conn *c, __u32 i, __u32 owner)
 	struct kflex_bucket *bucket;
 	struct kflex_entry *e;
 	struct kflex_desc *d;
-	__u32 s, cell, cls, state, slot, victim = KFLEX_SLOTS;
+	__u64 slot, victim = KFLEX_SLOTS;
+	__u32 s, cell, cls, state;
 	int why;
 
 	if (!c || !k || hash_key(c, i))
@@ -358,8 +359,8 @@ __noinline int table_commit(struct kflex_conn *c, __u32 i, __u64 addr)
 	struct kflex_bucket *bucket;
 	struct kflex_entry *e, *old;
 	struct kflex_desc *d;
-	__u32 klen, vlen, pad, slot, at, was;
-	__u64 pos;
+	__u64 klen, vlen, pad, pos, slot;
+	__u32 at, was;
 
 	if (!c || !k)
 		return -1;
@@ -382,6 +383,7 @@ __noinline int table_commit(struct kflex_conn *c, __u32 i, __u64 addr)
 			at = pad - 8;
 			*(__u64 *)&e->data[at & 0xf8] = 0;
 		}
+		BOUND(klen, 0xff);
 		bpf_probe_read_kernel(e->data, klen, (void *)(addr + d->koff));
 		e->klen = klen;
 		e->tag = d->tag;
@@ -389,6 +391,8 @@ __noinline int table_commit(struct kflex_conn *c, __u32 i, __u64 addr)
 		e->version = 0;
 		e->clock = 1;
 	}
+	BOUND(pad, 0x1f8);
+	BOUND(vlen, 0x1fff);
 	bpf_probe_read_kernel(&e->data[pad], vlen, (void *)(addr + d->voff));
 	e->vlen = vlen;
 	e->version++;
