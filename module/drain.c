@@ -46,6 +46,47 @@ void kflex_close_gate(void)
 	wait_for_writers();
 }
 
+struct cut {
+	RedisModuleString **argv; /* key, value, ... for one MSET */
+	size_t argc;
+	size_t keys;
+	size_t refused;
+};
+
+/* Redis keeps integers as such, but only values that nobody else refers to: MSET's "v" arguments are referred to by us. */
+static int looks_like_integer(const char *value, size_t len)
+{
+	if (!len || len > 20)
+		return 0;
+	for (size_t i = value[0] == '-'; i < len; i++)
+		if (value[i] < '0' || value[i] > '9')
+			return 0;
+	return 1;
+}
+
+static void check_reply(RedisModuleCallReply *reply, struct cut *cut, size_t keys)
+{
+	if (!reply || RedisModule_CallReplyType(reply) == REDISMODULE_REPLY_ERROR)
+		cut->refused += keys;
+	if (reply)
+		RedisModule_FreeCallReply(reply);
+}
+
+/* Adds an entry's key and value, as they are now, to the cut. */
+static void add(RedisModuleCtx *ctx, struct cut *cut, struct kflex_entry *e)
+{
+	const char *key = (const char *)e->data, *value = key + ((e->klen + 7) & ~7);
+
+	cut->keys++;
+	if (looks_like_integer(value, e->vlen)) {
+		/* All commands of a cut leave as one MULTI/EXEC (propagatePendingCommands of Redis 7.0). */
+		check_reply(RedisModule_Call(ctx, "SET", "!bb", key, (size_t)e->klen, value, (size_t)e->vlen), cut, 1);
+		return;
+	}
+	cut->argv[cut->argc++] = RedisModule_CreateString(NULL, key, e->klen);
+	cut->argv[cut->argc++] = RedisModule_CreateString(NULL, value, e->vlen);
+}
+
 /*
  * Applies everything the kernel has accepted so far. With the GIL held; writers_running says whether the gate may be
  * open (drain thread, main thread asleep) or is closed (main thread).
@@ -53,8 +94,7 @@ void kflex_close_gate(void)
 void kflex_drain(RedisModuleCtx *ctx, int writers_running)
 {
 	struct kflex_ctl *ctl = K.ctl;
-	RedisModuleString **argv;
-	RedisModuleCallReply *reply;
+	struct cut cut = {0};
 	uint32_t *cells, *orphans;
 	uint64_t end, pos, oldest, age;
 	size_t n = 0, norphans = 0;
@@ -73,7 +113,8 @@ void kflex_drain(RedisModuleCtx *ctx, int writers_running)
 	if (writers_running)
 		STORE(ctl->hold, 0);
 
-	argv = RedisModule_Alloc((end - ctl->tail) * 2 * sizeof(*argv));
+	K.applying = 1;
+	cut.argv = RedisModule_Alloc((end - ctl->tail) * 2 * sizeof(*cut.argv));
 	cells = RedisModule_Alloc((end - ctl->tail) * 2 * sizeof(*cells));
 	orphans = cells + (end - ctl->tail);
 	for (pos = ctl->tail; pos < end; pos++) {
@@ -88,48 +129,42 @@ void kflex_drain(RedisModuleCtx *ctx, int writers_running)
 		/* Replaced in the same generation, freed and perhaps used anew: another record speaks for it. */
 		if (e->pos != (uint32_t)pos || (state != KFLEX_DIRTY && state != KFLEX_ORPHAN))
 			continue;
-		argv[2 * n] = RedisModule_CreateString(NULL, (char *)e->data, e->klen);
-		argv[2 * n + 1] = RedisModule_CreateString(NULL, (char *)e->data + ((e->klen + 7) & ~7), e->vlen);
+		/* A SET of the next generation does not touch it before it is PENDING. */
+		add(ctx, &cut, e);
 		if (state == KFLEX_ORPHAN || !__atomic_compare_exchange_n(&e->state, &dirty, KFLEX_PENDING, 0,
 									  __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
 			orphans[norphans++] = (uint32_t)record;
-			cells[n++] = 0;
 		} else {
 			cells[n++] = (uint32_t)record;
 		}
 	}
 	STORE(ctl->tail, end);
-	ctl->pending = n;
-	if (n) {
-		K.applying = 1;
-		reply = RedisModule_Call(ctx, "MSET", "!v", argv, n * 2);
-		K.applying = 0;
-		if (!reply || RedisModule_CallReplyType(reply) == REDISMODULE_REPLY_ERROR) {
-			ctl->refused += n;
-			RedisModule_Log(ctx, "warning", "kflex: Redis refused %zu keys that the kernel had accepted",
-					n);
-		}
-		if (reply)
-			RedisModule_FreeCallReply(reply);
+	ctl->pending = cut.keys;
+	if (cut.argc)
+		check_reply(RedisModule_Call(ctx, "MSET", "!v", cut.argv, cut.argc), &cut, cut.argc / 2);
+	K.applying = 0;
+	if (cut.refused) {
+		ctl->refused += cut.refused;
+		RedisModule_Log(ctx, "warning", "kflex: Redis refused %zu keys that the kernel had accepted",
+				cut.refused);
 	}
+	for (size_t i = 0; i < cut.argc; i++)
+		RedisModule_FreeString(NULL, cut.argv[i]);
 	for (size_t i = 0; i < n; i++) {
 		uint32_t pending = KFLEX_PENDING;
 
-		RedisModule_FreeString(NULL, argv[2 * i]);
-		RedisModule_FreeString(NULL, argv[2 * i + 1]);
-		if (cells[i])
-			__atomic_compare_exchange_n(&kflex_entry_at(cells[i])->state, &pending, KFLEX_CLEAN, 0,
-						    __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+		__atomic_compare_exchange_n(&kflex_entry_at(cells[i])->state, &pending, KFLEX_CLEAN, 0,
+					    __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
 	}
 	for (size_t i = 0; i < norphans; i++)
 		kflex_cell_free(orphans[i]);
 	ctl->pending = 0;
-	ctl->drained += n;
+	ctl->drained += cut.keys;
 	ctl->cuts++;
 	age = now_ns() - oldest;
 	ctl->dirty_age_sum += age;
 	if (age > ctl->dirty_age_max)
 		ctl->dirty_age_max = age;
-	RedisModule_Free(argv);
+	RedisModule_Free(cut.argv);
 	RedisModule_Free(cells);
 }
