@@ -160,11 +160,20 @@ class Link:
             self.sock.close()
             self.sock = None
 
-    def send(self, data: bytes, what: str) -> None:
+    def send(self, data: bytes, what: str, more: bool = False) -> None:
+        """One send() of the bytes; one in ten as a sendmsg() of several pieces. ``more``: with MSG_MORE."""
         self.history.append(f"> {what}")
-        assert self.sock is not None
+        sock = self.sock
+        assert sock is not None
         try:
-            self.sock.sendall(data)
+            if self.rng.random() < 0.1:
+                cuts = sorted(self.rng.choices(range(len(data) + 1), k=3))
+                pieces = [data[start:end] for start, end in itertools.pairwise([0, *cuts, len(data)])]
+                sent = sock.sendmsg(pieces, [], socket.MSG_MORE if more else 0)
+                if sent < len(data):
+                    sock.sendall(data[sent:])
+            else:
+                sock.sendall(data, socket.MSG_MORE if more else 0)
         except OSError as error:
             raise self.violation(f"send failed: {error}") from None
 
@@ -375,7 +384,7 @@ class Own:
             (2, lambda k: [b"COPY", *two(k)]),
             (2, lambda k: [b"COPY", *two(k), b"REPLACE"]),
             (1, lambda k: [b"COPY", *two(k), b"DB", b"%d" % rng.randrange(2), b"REPLACE"]),
-            (1, lambda k: [b"MOVE", pick(k), b"1"]),
+            (2, lambda k: [b"MOVE", pick(k), b"%d" % rng.randrange(2)]),
             (3, lambda k: [b"EXPIREAT", pick(k), far]),
             (1, lambda k: [b"EXPIREAT", pick(k), b"1"]),
             (3, lambda k: [b"PERSIST", pick(k)]),
@@ -397,7 +406,6 @@ class Own:
             (1, lambda k: [b"PING"]),
             (1, lambda k: [b"ECHO", value()]),
             (1, lambda k: [b"SELECT", b"0"]),
-            (1, lambda k: [b"NOSUCH", b"x"]),
         ]
         return [make for weight, make in table for _ in range(weight)]
 
@@ -448,7 +456,7 @@ class Own:
         rng = self.rng
         some = [self.any(keys, 0.3) for _ in range(rng.randrange(1, 5))]
         more = [self.any(keys, 0.3) for _ in range(rng.randrange(0, 4))]
-        kind = rng.randrange(6)
+        kind = rng.randrange(8)
         if kind == 0:
             return [[b"SELECT", b"1"], *some, [b"SELECT", b"0"], *more]
         if kind == 1:
@@ -460,6 +468,10 @@ class Own:
             return [*more, [b"SUBSCRIBE", channel], [b"PING"], [b"UNSUBSCRIBE", channel], *some]
         if kind == 4:
             return [[b"SELECT", b"1"], *some, [b"RESET"], *more]
+        if kind == 5:
+            return [*some, [b"NOSUCH", b"x", b"y"], *more]
+        if kind == 6:
+            return [[b"MULTI"], *some, [b"NOSUCH"], [b"EXEC"], *more]
         return [[b"MULTI"], *more, [b"RESET"], *some]
 
     # -- exchanges --
@@ -474,7 +486,7 @@ class Own:
         if roll < 0.02:
             return self.inline_step()
         link = rng.choice(self.links)
-        if roll < 0.03 or (link.demoted and rng.random() < 0.3):
+        if roll < 0.03 or (link.demoted and rng.random() < 0.5):
             link.open()
             return 1
         together = 1 if roll < 0.6 else rng.randrange(2, min(4, len(self.links)) + 1)
@@ -541,6 +553,8 @@ class Own:
     ) -> list[Callable[[], None]]:
         """Several send() calls, cut anywhere; with ``late`` replies are read in pieces between them."""
         rng = self.rng
+        # A cut inside a command's name demotes, so that most of these are: renewed soon.
+        link.demoted = True
         data, answer = b"".join(requests), b"".join(replies)
         ends = list(itertools.accumulate(map(len, requests)))
         due = list(itertools.accumulate(map(len, replies)))
@@ -554,8 +568,10 @@ class Own:
         for cut in [*cuts, len(data)]:
             if cut > sent:
                 piece = data[sent:cut]
-                note = f"bytes {sent}..{cut} of: {shown}"
-                actions.append(lambda piece=piece, note=note: link.send(piece, note))
+                # Not with replies awaited in between: MSG_MORE may hold a request back for 200 ms.
+                more = not late and cut < len(data) and rng.random() < 0.2
+                note = f"bytes {sent}..{cut}{' (more)' if more else ''} of: {shown}"
+                actions.append(lambda piece=piece, note=note, more=more: link.send(piece, note, more))
                 sent = cut
             if late:
                 whole = sum(end <= sent for end in ends)
@@ -1260,6 +1276,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     # A reply that overtakes another, a command that misses a SET, a GET that misses a command: exact
     # replies show it.
     "own": {"weights": (("own", 1.0),)},
+    "registers": {"weights": (("registers", 1.0),)},
     "whole_server": {
         "weights": (("own", 1.0),),
         "workers": 1,

@@ -179,7 +179,8 @@ def play(target: Target, stream: Stream) -> Outcome:
             reader.outcome.end = "a send that blocks"
             return reader.outcome
         except OSError:
-            pass  # closed by the server: what it said before that is still to be read
+            # Closed by the server: what it said before that is still to be read.
+            reader.outcome.reset = True
         while reader.take():
             pass
         return reader.outcome

@@ -1,6 +1,9 @@
 """What the Redis tests say in plain verbs: start a server with or without the offload, talk to it byte by
 byte, wait for a condition, and compare the system before and after.
 
+``KFLEX_TEST_SHARED=1`` leaves BPF objects, cgroups and network namespaces out of the comparison: for a
+machine where others attach things at the same time.
+
 ``KFLEX_TEST_SERVER=plain`` runs every test that asks for the offloaded server against a plain redis-server
 instead: the expectations on replies must hold there too, only those on what the kernel served are left out.
 """
@@ -13,6 +16,7 @@ import itertools
 import json
 import os
 import random
+import re
 import select
 import shutil
 import signal
@@ -30,7 +34,11 @@ from kflex_repro.redis.resp import Decoder, ErrorReply, Reply, encode_command, e
 from tests.conftest import require
 
 PLAIN_ONLY = os.environ.get("KFLEX_TEST_SERVER") == "plain"
+SHARED = os.environ.get("KFLEX_TEST_SHARED") == "1"
 REPLY_TIMEOUT = 10.0
+# What a service manager makes and drops by itself.
+FOREIGN_PROGRAMS = frozenset({"cgroup_device", "cgroup_skb", "cgroup_sysctl", "lsm"})
+FOREIGN_CGROUPS = re.compile(r"/(init\.scope|[^/]*\.(slice|service|scope))(/|$)")
 
 
 class Timeout(AssertionError):
@@ -306,6 +314,8 @@ def need_offload() -> None:
 
 
 def _bpftool(*what: str) -> list[dict[str, Any]]:
+    if not have("bpftool"):
+        return []
     run = subprocess.run(["bpftool", "-j", *what, "show"], capture_output=True, check=False)
     if run.returncode or not run.stdout.strip():
         return []
@@ -370,18 +380,29 @@ class Snapshot:
     def take(cls) -> Snapshot:
         def named(kind: str) -> frozenset[str]:
             return frozenset(
-                f"{each['id']} {each.get('type')} {each.get('name', '')}" for each in _bpftool(kind)
+                f"{each['id']} {each.get('type')} {each.get('name', '')}"
+                for each in _bpftool(kind)
+                if each.get("type") not in FOREIGN_PROGRAMS
             )
 
+        processes = frozenset(_processes())
+        if SHARED:
+            nothing: frozenset[str] = frozenset()
+            return cls(nothing, nothing, nothing, nothing, nothing, nothing, processes)
         netns = Path("/var/run/netns")
         return cls(
             programs=named("prog"),
             maps=named("map"),
             links=named("link"),
             bpffs=frozenset().union(*(_tree(mount) for mount in _mounts("bpf"))),
-            cgroups=frozenset().union(*(_tree(mount, dirs_only=True) for mount in _mounts("cgroup2"))),
+            cgroups=frozenset(
+                path
+                for mount in _mounts("cgroup2")
+                for path in _tree(mount, dirs_only=True)
+                if not FOREIGN_CGROUPS.search(path)
+            ),
             netns=frozenset(each.name for each in netns.iterdir()) if netns.is_dir() else frozenset(),
-            processes=frozenset(_processes()),
+            processes=processes,
         )
 
     def difference(self, later: Snapshot) -> dict[str, dict[str, list[str]]]:
