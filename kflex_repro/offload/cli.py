@@ -129,7 +129,7 @@ def stop(port: int | None, timeout: float, force: bool, dry_run: bool) -> None:
         click.echo("nothing is attached" + (f" to port {port}" if port else ""))
     for one in found:
         if dry_run:
-            click.echo(f"would stop {one.server_id} (pid {one.pid}, {one.disabled})")
+            click.echo(f"would stop {one.server_id} (pid {one.pid})")
             one.close()
             continue
         with Console(stderr=True).status(f"stopping port {one.port}"):

@@ -50,8 +50,10 @@ class Session:
         self._object = obj
         self._maps = {name: Map.from_pin(pin_dir / name) for name in _MAPS if (pin_dir / name).exists()}
         self._ctl: Any = None
-        if "ctl" in self._maps:
-            self._ctl = btf.struct("kflex_ctl").from_buffer(self._maps["ctl"].mmap())
+        layout = btf.struct("kflex_ctl")
+        # Pins of another version of ours: stop() can take them away, nothing else is known about them.
+        if "ctl" in self._maps and self._maps["ctl"].value_size == ctypes.sizeof(layout):
+            self._ctl = layout.from_buffer(self._maps["ctl"].mmap())
         self._links: dict[str, Link] = {}
 
     # --- what it is ----------------------------------------------------------------------------------------
@@ -65,6 +67,11 @@ class Session:
     def port(self) -> int:
         """The server's TCP port."""
         return int(self.server_id.partition("-")[0])
+
+    @property
+    def readable(self) -> bool:
+        """Whether its table is of this version: otherwise only stop() works."""
+        return self._ctl is not None
 
     @property
     def pid(self) -> int:
@@ -215,7 +222,12 @@ class Session:
         """
         deadline = time.monotonic() + timeout
         with _locked(self.pin_dir.parent):
-            self._disable(max(1.0, timeout))
+            try:
+                self._disable(max(1.0, timeout))
+            except KflexError:
+                # The module still has the table mapped and brings in what is there when its server goes on.
+                if not force:
+                    raise
             # Programs run under RCU: afterwards each of them has seen the disable word.
             _synchronize_rcu()
             while self.unread() and not force:
@@ -232,6 +244,8 @@ class Session:
         """Have the module drain and let go; without a living server set the disable word ourselves."""
         if self._ctl is None:
             return
+        if self._ctl.disabled == 0:
+            self._ctl.disabled = self._const("KFLEX_STOPPING")
         if self.mode == "coherent" and self.server_alive:
             run_id = self._full_run_id()
             if run_id:
@@ -239,9 +253,7 @@ class Session:
                     link.require(
                         link.call(run_id, "KFLEX_DETACH", self._btf, timeout=timeout), "let go of the table"
                     )
-        if self._ctl.disabled == 0:
-            self._ctl.disabled = self._const("KFLEX_STOPPING")
-            self._ctl.allow = 0
+        self._ctl.allow = 0
 
     def _full_run_id(self) -> str:
         """The server's run id from the abstract sockets of the machine: INFO may be out of reach."""
@@ -440,11 +452,8 @@ def _server_pid(found: target.Target, mode: str, btf: Btf) -> int:
         ) from None
     link.require(answer, "talk to this toolkit")
     if answer.attached:
-        raise KflexError(
-            "the server is attached to a table that is not pinned here",
-            f"pid {answer.pid}",
-            "stop the offload where it was started, or restart the server",
-        )
+        # Left by a forced stop: nothing is pinned, so no program serves from it.
+        link.require(link.call(found.run_id, "KFLEX_DETACH", btf), "let go of its old table")
     return answer.pid
 
 

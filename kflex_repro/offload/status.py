@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from kflex_repro.errors import KflexError
 from kflex_repro.offload.session import Session
 
 # Why a message was passed to Redis, in words.
@@ -58,6 +59,12 @@ RULES = {
 
 def as_dict(session: Session) -> dict[str, Any]:
     """All that is known of a session, for --json. Bytes, counts, microseconds; ratios 0.0-1.0."""
+    if not session.readable:
+        raise KflexError(
+            "attached by another version of kflex-repro",
+            session.server_id,
+            "take it off: kflex-repro offload stop",
+        )
     stats = session.stats()
     served = stats["served_get"] + stats["served_set"]
     requests = served + stats["passed"]
