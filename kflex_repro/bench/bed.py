@@ -272,6 +272,10 @@ def attached_bed(host: str, port: int) -> Iterator[Bed]:
     try:
         server = client.info("server")
         unix = client.config_get("unixsocket").get("unixsocket") or None
+    except (redis.AuthenticationError, redis.exceptions.NoPermissionError) as error:
+        raise KflexError(
+            f"the server wants a login, {error}", where, "benchmark one whose default user may do everything"
+        ) from error
     except redis.ConnectionError as error:
         raise KflexError("no server answers", where, "is redis-server running there?") from error
     except redis.TimeoutError as error:

@@ -118,10 +118,14 @@ def _command() -> str:
     return shlex.join(["kflex-repro", *sys.argv[1:]])
 
 
+def _many(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def _announcement(plan: Plan) -> str:
     where = f"on {plan.attach[0]}:{plan.attach[1]}" if plan.attach else "on servers of our own"
     text = (
-        f"{len(plan.scenarios)} scenarios × {plan.pairs} pairs {where}: {plan.runs} runs, "
+        f"{_many(len(plan.scenarios), 'scenario')} × {_many(plan.pairs, 'pair')} {where}: {plan.runs} runs, "
         f"about {_duration(plan.estimate_s)}; results in {plan.out}"
     )
     if plan.attach:

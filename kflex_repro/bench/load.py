@@ -19,6 +19,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -242,12 +243,30 @@ def redis_benchmark_binary() -> str:
     return binary
 
 
+def _reach(target: Target) -> None:
+    """KflexError if nobody listens there: redis-benchmark itself would wait for ever."""
+    if target.netns is not None:
+        return
+    kind = socket.AF_UNIX if target.unix_path else socket.AF_INET6 if ":" in target.host else socket.AF_INET
+    address = target.unix_path or (target.host, target.port)
+    try:
+        with socket.socket(kind) as probe:
+            probe.settimeout(5.0)
+            probe.connect(address)
+    except OSError as error:
+        where = target.unix_path or f"{target.host}:{target.port}"
+        raise KflexError(
+            f"cannot connect, {error.strerror or error}", where, "is the server still up?"
+        ) from error
+
+
 class RedisBenchmark:
     name = "redis-benchmark"
     supports_unix = True
     calibrated = True
 
     def prepare(self, job: Job, target: Target, expected_rps: float) -> Running:
+        _reach(target)
         batch = job.clients * job.pipeline
         requests = max(batch, int(expected_rps * job.seconds))
         return _RedisBenchmarkRun(redis_benchmark_argv(job, target, requests), target, job.seconds)

@@ -158,6 +158,7 @@ class Run:
         self._notes: list[str] = []
         self._runner = Runner(plan.pairs, plan.seconds, self._events.step)
         self._complete = False
+        self._made_out = False
 
     @property
     def mismatches(self) -> int:
@@ -182,17 +183,20 @@ class Run:
         marked as interrupted, and goes on as an exception.
         """
         self._make_out()
-        self._events.step(0.0, "looking at the machine")
-        self._host = _host_facts()
-        # Also a promise that there is room: better now than after half an hour.
-        self._save()
         try:
+            self._events.step(0.0, "looking at the machine")
+            self._host = _host_facts()
+            # Also a promise that there is room: better now than after half an hour.
+            self._save()
             self._all()
         except BaseException:
             with _deaf():
                 self._runner.give_up()
-                with suppress(KflexError):
-                    self._save()
+                if self._runner.results:
+                    with suppress(KflexError):
+                        self._save()
+                else:
+                    self._unmake_out()
             if self._runner.results:
                 with suppress(KflexError):
                     self._write_report()
@@ -204,6 +208,7 @@ class Run:
         return self.result()
 
     def _make_out(self) -> None:
+        self._made_out = not self.plan.out.exists()
         try:
             self.plan.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -212,6 +217,13 @@ class Run:
                 str(self.plan.out),
                 "choose another --out",
             ) from error
+
+    def _unmake_out(self) -> None:
+        """A run that completed nothing leaves nothing."""
+        with suppress(OSError):
+            (self.plan.out / "result.json").unlink()
+            if self._made_out:
+                self.plan.out.rmdir()
 
     def _save(self) -> None:
         write_result(self.result(), self.plan.out)
