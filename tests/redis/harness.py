@@ -237,6 +237,14 @@ class Sut:
     def serves_set(self, conn: Conn, key: bytes | str, value: bytes | str) -> bool:
         return self.serves(conn, ("SET", key, value))
 
+    def must_serve(self, conn: Conn, *commands: Sequence[bytes | str | int], timeout: float = 5.0) -> None:
+        """This message is served in the kernel, now or soon (the gate may be closed for a moment). On a plain
+        server it is only sent."""
+        if not self.offloaded:
+            conn.pipeline(*commands)
+            return
+        eventually(lambda: self.serves(conn, *commands), timeout, what=f"{commands} served in the kernel")
+
     def serves(self, conn: Conn, *commands: Sequence[bytes | str | int]) -> bool:
         """Whether this one message is served in the kernel (on a quiet server); its replies are thrown
         away."""
