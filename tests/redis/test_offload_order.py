@@ -158,9 +158,8 @@ def test_an_aborted_transaction(sut: Sut, conn: Conn, key: str) -> None:
     sut.must_serve(conn, ("GET", key))
 
 
-def test_exec_with_arguments_leaves_the_transaction_as_redis_does(
-    sut: Sut, conn: Conn, plain: Sut, key: str
-) -> None:
+def test_exec_with_arguments(sut: Sut, conn: Conn, plain: Sut, key: str) -> None:
+    """They are errors; whether the transaction is still open after them, Redis decides."""
     twin = plain.connect()
     twin.do("SET", "k", "v")
     for command in (("EXEC", "x"), ("DISCARD", "x"), ("MULTI", "x")):
@@ -281,9 +280,7 @@ def test_client_reply_off_and_skip(sut: Sut, key: str) -> None:
     ],
     ids=" ".join,
 )
-def test_an_ordinary_command_does_not_end_it(
-    sut: Sut, conn: Conn, key: str, command: tuple[str, ...]
-) -> None:
+def test_an_ordinary_command_does_not(sut: Sut, conn: Conn, key: str, command: tuple[str, ...]) -> None:
     if command[0].startswith("WRONG"):
         command = ("STRLEN", "a", "b")
     conn.do(*command)
