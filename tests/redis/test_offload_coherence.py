@@ -450,7 +450,9 @@ def test_the_aof_holds_only_states_that_existed(tmp_path: Path) -> None:
         other.do("SET", "end", "1", "GET")
         if sut.offloaded:
             assert sut.stats()["served_set"] > 2000
-        eventually(lambda: [b"SET", b"end", b"1", b"GET"] in aof_commands(tmp_path), what="the AOF's end")
+        eventually(
+            lambda: any(command[1:2] == [b"end"] for command in aof_commands(tmp_path)), what="the AOF's end"
+        )
         seen = {b"a": 0, b"b": 0}
         inside, changes = False, 0
         for command in aof_commands(tmp_path):
