@@ -15,6 +15,7 @@ The throughput of redis-benchmark is taken from its last progress line, not from
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -188,11 +189,10 @@ def _last_line(text: str) -> str:
 
 # --- redis-benchmark ------------------------------------------------------------------------------
 
-_PROGRESS = re.compile(r"rps=[\d.]+ \(overall: ([\d.]+)\)")
+_PROGRESS = re.compile(r"rps=\S+ \(overall: (-?nan|[\d.]+)\)")
 _COMPLETED = re.compile(r"(\d+) requests completed in ([\d.]+) seconds")
 _SUMMARY_RPS = re.compile(r"throughput summary: ([\d.]+) requests per second")
 _PERCENTILE = re.compile(r"^([\d.]+)% <= ([\d.]+) milliseconds", re.MULTILINE)
-_TICK_S = 0.25
 
 
 def parse_redis_benchmark(output: str) -> Outcome:
@@ -203,8 +203,9 @@ def parse_redis_benchmark(output: str) -> Outcome:
         raise KflexError(f"redis-benchmark said something unexpected: {_last_line(output)[:120]!r}")
     ops = int(completed[1])
     rps = float(summary[1])
-    ticks = [float(overall) for overall in _PROGRESS.findall(output) if float(overall) > 0]
-    if len(ticks) >= 4:
+    # The first progress line comes before anything was sent.
+    ticks = [float(overall) for overall in _PROGRESS.findall(output)[1:]]
+    if ticks and ticks[-1] > 0:
         rps = ticks[-1]
 
     # The histogram by percentile comes first; the cumulative one after it steps by value and is not wanted.
@@ -244,7 +245,7 @@ def redis_benchmark_binary() -> str:
 
 
 def _reach(target: Target) -> None:
-    """KflexError if nobody listens there: redis-benchmark itself would wait for ever."""
+    """KflexError if nobody listens there: the load generators would try for ever."""
     if target.netns is not None:
         return
     kind = socket.AF_UNIX if target.unix_path else socket.AF_INET6 if ":" in target.host else socket.AF_INET
@@ -268,7 +269,8 @@ class RedisBenchmark:
     def prepare(self, job: Job, target: Target, expected_rps: float) -> Running:
         _reach(target)
         batch = job.clients * job.pipeline
-        requests = max(batch, int(expected_rps * job.seconds))
+        # A little more than expected: a run should rather be too long than too short.
+        requests = max(batch, int(expected_rps * job.seconds * 1.04))
         return _RedisBenchmarkRun(redis_benchmark_argv(job, target, requests), target, job.seconds)
 
 
@@ -282,8 +284,8 @@ class _RedisBenchmarkRun:
 
     def wait(self) -> Outcome:
         assert self._child is not None
-        # A server ten times slower than when it was calibrated is a failure, not a slow run.
-        return parse_redis_benchmark(self._child.finish(30 + 10 * self._seconds))
+        # A server this much slower than when it was calibrated is a failure, not a slow run.
+        return parse_redis_benchmark(self._child.finish(15 + 6 * self._seconds))
 
     def stop(self) -> None:
         if self._child is not None:
@@ -319,6 +321,9 @@ def mix_script(job: Job) -> str:
     return "\n".join(lines)
 
 
+_RESP_COUNT = re.compile(r"\bcnt: (\d+),")
+
+
 class _WorkerRun:
     """A Python worker: says ``ready``, waits for ``go`` on stdin, prints one JSON line and ends.
 
@@ -346,9 +351,14 @@ class _WorkerRun:
         stdin.flush()
 
     def wait(self) -> Outcome:
-        line = _last_line(self._child.finish(30 + 3 * self._seconds))
+        return self._read(self._child.finish(15 + 3 * self._seconds))
+
+    def _read(self, output: str) -> Outcome:
+        line = _last_line(output)
         try:
-            return Outcome(**json.loads(line))
+            # Only resp-benchmark's last progress line has the number of requests: its API has not.
+            counted = _RESP_COUNT.findall(output)
+            return Outcome(**{**json.loads(line), **({"ops": int(counted[-1])} if counted else {})})
         except (ValueError, TypeError) as error:
             raise KflexError(f"{self._child.name} said something unexpected: {line[:120]!r}") from error
 
@@ -362,6 +372,7 @@ class RespBenchmark:
     calibrated = False
 
     def prepare(self, job: Job, target: Target, expected_rps: float) -> Running:
+        _reach(target)
         spec: dict[str, object] = {
             "host": target.host,
             "port": target.port,
@@ -369,7 +380,7 @@ class RespBenchmark:
             "connections": job.clients,
             "pipeline": job.pipeline,
             # It takes whole seconds only.
-            "seconds": max(1, round(job.seconds)),
+            "seconds": math.ceil(job.seconds),
             "threads": job.threads,
         }
         return _WorkerRun("kflex_repro.bench.resp_worker", spec, target, job.seconds)

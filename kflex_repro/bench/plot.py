@@ -28,7 +28,7 @@ ARM_NAMES = {"baseline": "Redis, TCP", "unix": "Redis, unix socket", "offload": 
 _DPI = 144
 _WIDTH_IN = 9.5
 _TOP_IN = 0.95
-_BOTTOM_IN = 0.6
+_BOTTOM_IN = 0.48
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ td.n { white-space:nowrap; }
 figure { margin:34px 0; } img { width:100%; height:auto; display:block; }
 code,pre { font:13px/1.5 ui-monospace,SFMono-Regular,Menlo,monospace; }
 pre { background:var(--box); padding:10px 14px; overflow-x:auto; margin:8px 0; white-space:pre-wrap; }
-a { color:var(--accent); } li { margin:3px 0; }
+a { color:var(--accent); } details { margin:10px 0; } summary { cursor:pointer; } li { margin:3px 0; }
 .others { border:1px dashed var(--faint); border-radius:6px; padding:4px 18px 14px; margin-top:44px; }
 .others h2 { margin-top:14px; }
 """
@@ -65,8 +65,8 @@ _PLOT_TEXT = {
 _METHOD = (
     "Each pair runs plain Redis and the offload right after one another, and every other pair the other way "
     "round; a ratio is taken within a pair. Figures are medians, with the smallest and the largest run.",
-    "Plain Redis is a redis-server of its own without the module. While it is measured no program of ours is "
-    "attached to anything: the session is suspended.",
+    "Plain Redis is a redis-server of its own without the module. While it is measured the offload's session "
+    "is suspended: no hook of ours is on the machine.",
     "A checker beside every run (3 connections, 200 commands/s: SET, GET, APPEND, INCR, DEL) compares each "
     "answer with a model. Plain Redis has the same checker beside it.",
     "System CPU is everything the machine did per completed request, clients included: the offload moves "
@@ -171,6 +171,8 @@ def _details(document: Document) -> str:
 
 def _plain(value: Any) -> str:
     """A fact as text; doctor's own rows are ``{"state": …, "value": …}``."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, Mapping):
         if set(value) == {"state", "value"}:
             return f"{value['value']}" if value["state"] == "ok" else f"{value['state']}: {value['value']}"
@@ -183,10 +185,19 @@ def _plain(value: Any) -> str:
 def _host(document: Document) -> str:
     host = dict(document["host"])
     facts = host.pop("facts", {})
-    listed = [*host.items(), *(facts.items() if isinstance(facts, Mapping) else ())]
+    if "ram_bytes" in host:
+        host["ram"] = f"{host.pop('ram_bytes') / 2**30:.1f} GiB"
     server = document["redis"]
-    listed.append(("redis-server", f"{server.get('version', '?')} {' '.join(server.get('args', ()))}"))
-    body = [f"<tr><td>{_text(key)}</td><td>{_text(_plain(value))}</td></tr>" for key, value in listed]
+    arguments = " ".join(word or "''" for word in server.get("args", ()))
+    host["redis-server"] = f"{server.get('version', '?')} {arguments}"
+    shown = _facts(host)
+    if isinstance(facts, Mapping) and facts:
+        shown += f"<details><summary>everything doctor found</summary>{_facts(facts)}</details>"
+    return shown
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    body = [f"<tr><td>{_text(key)}</td><td>{_text(_plain(value))}</td></tr>" for key, value in facts.items()]
     return _table(("fact", "value"), body, "left")
 
 

@@ -29,7 +29,8 @@ def main() -> int:
         connections=spec["connections"],
         pipeline=spec["pipeline"],
         seconds=spec["seconds"],
-        quiet=True,
+        # Its progress lines say how many requests there were (see load.py).
+        quiet=False,
         use_lua=True,
     )
     outcome = {

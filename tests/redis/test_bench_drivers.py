@@ -58,8 +58,7 @@ def test_every_driver_reports_what_it_can(server: ManagedServer, name: str, what
         running.stop()
     done = server.client().info("stats")["total_commands_processed"] - before
     assert outcome.ops > 100
-    # resp-benchmark says a rate, from which the number of requests follows only roughly.
-    assert outcome.ops == pytest.approx(done, rel=0.25 if name == "resp-benchmark" else 0.02, abs=60)
+    assert outcome.ops == pytest.approx(done, abs=60)
     assert outcome.p99_ms is not None
     assert outcome.p99_ms > 0
     percentiles = (outcome.p50_ms, outcome.p999_ms)
@@ -83,7 +82,7 @@ def test_the_mix_is_what_it_says(server: ManagedServer) -> None:
         assert calls[op] / sum(calls.values()) == pytest.approx(share / 100, abs=0.03)
 
 
-@pytest.mark.parametrize("name", ["redis-benchmark", "fixed-rate"])
+@pytest.mark.parametrize("name", ["redis-benchmark", "resp-benchmark", "fixed-rate"])
 def test_no_server_is_one_line(name: str) -> None:
     target = Target("127.0.0.1", free_port())
     with pytest.raises(KflexError) as caught:
@@ -177,7 +176,7 @@ def test_a_veth_pair_joins_two_namespaces_and_goes() -> None:
             target = Target(pair.server_host, managed.port, netns=pair.client_ns)
             running = driver("redis-benchmark").prepare(job("SET"), target, 1000)
             running.go()
-            assert running.wait().ops == 1000
+            assert running.wait().ops >= 1000
             peers = {line.split("addr=")[1].split(":")[0] for line in managed.client().execute_command(
                 "CLIENT", "LIST").decode().splitlines()}  # fmt: skip
             assert peers == {"127.0.0.1"}

@@ -38,10 +38,16 @@ def test_threads_output_takes_its_rate_from_the_last_progress_line() -> None:
     assert (outcome.p50_ms, outcome.p99_ms, outcome.p999_ms) == (0.575, 1.967, 3.359)
 
 
-def test_a_short_run_has_no_progress_and_takes_the_summary() -> None:
+def test_a_run_of_one_progress_line() -> None:
     outcome = parse_redis_benchmark(text("bench_redis_benchmark_pipeline.txt"))
-    assert outcome.rps == 1067615.75
+    assert outcome.rps == 1071171.4
     assert (outcome.p50_ms, outcome.p99_ms, outcome.p999_ms) == (0.607, 0.975, 2.527)
+
+
+def test_a_run_without_progress_takes_the_summary() -> None:
+    head, _, tail = text("bench_redis_benchmark_pipeline.txt").partition("rps=1071171.4")
+    outcome = parse_redis_benchmark(head + tail[tail.index("=====") :])
+    assert outcome.rps == 1067615.75
 
 
 @pytest.mark.parametrize("output", ["", "Could not connect to Redis at 127.0.0.1:1: Connection refused\n"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from kflex_repro.bench.bed import family_keys, parse_host_port, server_args
@@ -94,9 +96,13 @@ def test_served_share_counts_the_checker_too() -> None:
     assert pairs.served_in_kernel() == pytest.approx(0.98 * 200_000 / 200_100, abs=1e-3)
 
 
-def test_a_burst_that_never_ends_counts_as_long_as_it_was_watched() -> None:
-    from dataclasses import replace
+def test_served_share_counts_what_the_offload_saw_pass() -> None:
+    run = replace(arm_run("offload"), served=100_000, passed=300_000)
+    pairs = Pairs(INCR, [{"baseline": arm_run("baseline"), "offload": run}])
+    assert pairs.served_in_kernel() == 0.25
 
+
+def test_a_burst_that_never_ends_counts_as_long_as_it_was_watched() -> None:
     shares = tuple(ShareSample(i / 10, 0 if i > 20 else 9, 9 if i > 20 else 1) for i in range(60))
     run = replace(arm_run("offload"), shares=shares, burst=(2.0, 3.0))
     recovery = Pairs(INCR, [{"baseline": arm_run("baseline"), "offload": run}]).recovery()
