@@ -28,6 +28,7 @@ enum kflex_abi_const {
 	KFLEX_CLASSES = 11,
 	KFLEX_ENTRY_HEAD = 48,
 	KFLEX_NAME = 24,
+	KFLEX_PARK = 512, /* messages in a row without a GET or SET after which a connection is left alone */
 };
 
 /* Counters, per CPU (struct kflex_cpu.stat). served_* and passed count requests, why_* messages. */
@@ -57,6 +58,8 @@ enum kflex_stat {
 	KFLEX_STAT_GATE_REPLY,	/* gate opened by a reply */
 	KFLEX_STAT_GATE_SLEEP,	/* gate opened by going to sleep */
 	KFLEX_STAT_EVICTED,	/* clean entries replaced by a kernel SET */
+	KFLEX_STAT_PARKED,	/* connections left alone: they never ask for what the table has */
+	KFLEX_STAT_RELEASED,	/* sockets of demoted and parked connections given back to plain TCP */
 	KFLEX_STAT_COUNT,
 };
 
@@ -189,8 +192,8 @@ struct kflex_ctl {
 	__u64 dirty_age_max;
 	__u64 dirty_age_sum;
 	__u64 wait_max; /* longest wait for active programs */
-	__u64 open_ns;	/* time with the gate open, as the main thread sees it */
-	__u64 total_ns; /* time since attach that open_ns refers to */
+	__u64 open_ns;	/* time with the gate open, in the iterations that were sampled */
+	__u64 total_ns; /* time of those iterations */
 	__u64 refused;	/* drained SETs that Redis refused: must stay 0 */
 	__u64 evicted;	/* clean entries reclaimed by the module */
 	__u64 sleeps;	/* iterations of the event loop */
@@ -271,6 +274,7 @@ struct kflex_conn {
 	__u32 expect;	/* write_seq that the next message must find */
 	__u32 injected; /* replies since the ingress queue was last seen empty */
 	__u32 injected_bytes;
+	__u32 idle;	   /* messages passed since the last GET or SET */
 	__u32 plan_n;	   /* requests of the message at hand */
 	__u32 plan_sets;   /* of them SETs */
 	__u32 plan_reply;  /* bytes of all their replies */
@@ -307,6 +311,7 @@ enum kflex_cmd_flag {
 	KFLEX_CMD_SUB = 8,    /* look at the subcommand */
 	KFLEX_CMD_ZERO = 16,  /* only with the argument 0 (SELECT) */
 	KFLEX_CMD_SHORT = 32, /* only with at most one argument (HELLO) */
+	KFLEX_CMD_TABLE = 64, /* GET, SET */
 };
 
 #endif

@@ -39,6 +39,9 @@ int kflex_enrol(struct bpf_sock_ops *s)
 			break;
 		enrol_server(s, k);
 		break;
+	case BPF_SOCK_OPS_RTT_CB:
+		release_socket(s, k);
+		break;
 	case BPF_SOCK_OPS_STATE_CB:
 		sk = s->sk;
 		if (s->args[1] != BPF_TCP_CLOSE || !sk)
@@ -406,6 +409,7 @@ static __always_inline int deliver(struct sk_msg_md *m, struct kflex_ctl *k, str
 	c->injected += n;
 	c->injected_bytes += c->plan_reply;
 	c->served += n;
+	c->idle = 0;
 	if (sets)
 		count_many(k, KFLEX_STAT_SERVED_SET, sets);
 	if (n != sets)

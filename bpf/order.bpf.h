@@ -13,6 +13,8 @@
 #define AF_INET6     10
 #define FEED_WINDOW  16384
 #define FEED_WINDOWS 12
+/* RTT: so that sockets can be released, which only a sockops program may do. */
+#define CALLBACKS (BPF_SOCK_OPS_STATE_CB_FLAG | BPF_SOCK_OPS_RTT_CB_FLAG)
 
 static __always_inline void demote_client(struct kflex_ctl *k, struct kflex_conn *c)
 {
@@ -82,6 +84,11 @@ static __always_inline void account_request(struct sk_msg_md *m, struct kflex_ct
 
 	if (feed_message(m, c, ROLE_REQUEST)) {
 		demote_client(k, c);
+		return;
+	}
+	if (++c->idle > KFLEX_PARK) {
+		c->cflags |= KFLEX_C_DEMOTED;
+		count(k, KFLEX_STAT_PARKED);
 		return;
 	}
 	/* A request counts once it is whole; a part of one already stands in the way. */
@@ -177,6 +184,40 @@ static __always_inline void conn_put(__u32 i)
 		bpf_map_push_elem(&free_conns, &i, 0);
 }
 
+/*
+ * Gives the socket of a demoted or parked connection back to plain TCP: a sockmap costs each message about a tenth.
+ * Called under the socket's own lock, now and then while data is acknowledged.
+ */
+static __always_inline void release_socket(struct bpf_sock_ops *s, struct kflex_ctl *k)
+{
+	struct bpf_sock *sk = s->sk;
+	struct kflex_link *l;
+	struct kflex_conn *c;
+	struct tcp_sock *tp;
+	__u32 i;
+
+	if (!sk)
+		return;
+	l = bpf_sk_storage_get(&links, sk, NULL, 0);
+	if (!l)
+		return;
+	i = l->conn;
+	c = bpf_map_lookup_elem(&conns, &i);
+	if (!c || !((READ_ONCE(c->cflags) | READ_ONCE(c->sflags)) & 1))
+		return;
+	if (l->server) {
+		bpf_map_delete_elem(&server_socks, &i);
+	} else {
+		/* Taking it out drops the replies of ours that the client has not read. */
+		tp = bpf_skc_to_tcp_sock(sk);
+		if (!tp || !ingress_empty((struct sock *)tp))
+			return;
+		bpf_map_delete_elem(&client_socks, &i);
+	}
+	bpf_sock_ops_cb_flags_set(s, BPF_SOCK_OPS_STATE_CB_FLAG);
+	count(k, KFLEX_STAT_RELEASED);
+}
+
 static __always_inline void enrol_client(struct bpf_sock_ops *s)
 {
 	struct kflex_link link = {}, *l;
@@ -197,6 +238,7 @@ static __always_inline void enrol_client(struct bpf_sock_ops *s)
 	c->requests = c->replies = 0;
 	c->injected = c->injected_bytes = 0;
 	c->served = c->passed = 0;
+	c->idle = 0;
 	c->paired = 0;
 	c->refs = 1;
 	__builtin_memset(&c->req, 0, sizeof(c->req));
@@ -208,7 +250,7 @@ static __always_inline void enrol_client(struct bpf_sock_ops *s)
 	c->ports = t.client_port << 16 | t.server_port;
 	link.conn = i;
 	l = bpf_sk_storage_get(&links, sk, &link, BPF_SK_STORAGE_GET_F_CREATE);
-	if (!l || bpf_sock_ops_cb_flags_set(s, BPF_SOCK_OPS_STATE_CB_FLAG)) {
+	if (!l || bpf_sock_ops_cb_flags_set(s, CALLBACKS)) {
 		conn_put(i);
 		return;
 	}
@@ -240,7 +282,7 @@ static __always_inline void enrol_server(struct bpf_sock_ops *s, struct kflex_ct
 	link.conn = i;
 	__sync_fetch_and_add(&c->refs, 1);
 	if (!bpf_sk_storage_get(&links, sk, &link, BPF_SK_STORAGE_GET_F_CREATE) ||
-	    bpf_sock_ops_cb_flags_set(s, BPF_SOCK_OPS_STATE_CB_FLAG)) {
+	    bpf_sock_ops_cb_flags_set(s, CALLBACKS)) {
 		conn_put(i);
 		return;
 	}

@@ -74,6 +74,8 @@ static __always_inline int request_bulk(struct feed *f, struct kflex_parser *p)
 		p->cmd = command_flags(c);
 		if (!p->cmd)
 			return RESP_BAD;
+		if (p->cmd & KFLEX_CMD_TABLE)
+			c->idle = 0;
 		if ((p->cmd & KFLEX_CMD_SHORT) && p->argc > 2)
 			return RESP_BAD;
 		if ((p->cmd & KFLEX_CMD_ZERO) && p->argc != 2)
@@ -275,7 +277,7 @@ static __always_inline __u64 head_of(__u64 word, __u32 left)
 __noinline __u32 fast_request(struct kflex_conn *c, __u64 addr, __u32 len)
 {
 	__u64 have = len < FAST_WINDOW ? len : FAST_WINDOW, *name;
-	__u32 used = 0, pos, argc, i;
+	__u32 used = 0, pos, argc, i, flags;
 	int n;
 
 	if (!c || have < 14)
@@ -298,7 +300,10 @@ __noinline __u32 fast_request(struct kflex_conn *c, __u64 addr, __u32 len)
 	name[0] = head_of(*(__u64 *)&c->hdr[pos & 15], n);
 	name[1] = n > 8 ? head_of(*(__u64 *)&c->hdr[(pos & 15) + 8], n - 8) : 0;
 	name[2] = n > 16 ? head_of(*(__u64 *)&c->hdr[(pos & 15) + 16], n - 16) : 0;
-	if (command_flags(c) != KFLEX_CMD_OK)
+	flags = command_flags(c);
+	if (flags & KFLEX_CMD_TABLE)
+		c->idle = 0;
+	if ((flags & ~KFLEX_CMD_TABLE) != KFLEX_CMD_OK)
 		return 0;
 	pos += n + 2;
 	for (i = 1; i < 9; i++) {

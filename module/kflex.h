@@ -35,8 +35,8 @@ struct kflex_module {
 	int queued_admin;     /* an administrative command went into a transaction */
 	int monitor_possible; /* a MONITOR was seen and not yet found gone */
 	int sleeps_since_check;
-	uint64_t attached_ns, armed_ns;
-	uint32_t sweep; /* next bucket to look at for entries to reclaim */
+	uint64_t sample_ns, armed_ns; /* of the iteration whose gate time is measured, 0: none */
+	uint32_t sweep;		      /* next bucket to look at for entries to reclaim */
 	uint32_t swept_epoch;
 
 	struct {

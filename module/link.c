@@ -80,8 +80,7 @@ static int attach(const int fds[NFDS], char *text, size_t size)
 	K.ctl->gate = K.ctl->armed = 0;
 	K.ctl->epoch++;
 	K.ctl->oldest_ns = now_ns();
-	K.attached_ns = now_ns();
-	K.armed_ns = 0;
+	K.sample_ns = K.armed_ns = 0;
 	K.nremembered = 0;
 	K.monitor_possible = 1;
 	kflex_rules_check(K.ctx);

@@ -21,6 +21,8 @@ def flags(bits: Mapping[str, int]) -> dict[str, int]:
     """Upper-case command, or ``CONTAINER|SUB`` -> enum kflex_cmd_flag bits; ``bits`` is that enum."""
     data = read()
     found: dict[str, int] = dict.fromkeys(_words(data["one_reply"]), bits["KFLEX_CMD_OK"])
+    for command in ("GET", "SET"):
+        found[command] |= bits["KFLEX_CMD_TABLE"]
     for key, name in (("multi", "MULTI"), ("end", "END"), ("short", "SHORT"), ("zero", "ZERO")):
         for command in _words(data[key]):
             found[command] = bits["KFLEX_CMD_OK"] | bits[f"KFLEX_CMD_{name}"]
