@@ -26,8 +26,8 @@ _CALIBRATIONS = 3
 class ArmRun:
     """One arm of one pair.
 
-    ``served`` and ``passed`` count the requests that the offload saw meanwhile, the checker's included (the
-    first is None for the other arms); ``oldest_set_ms`` is in ms; ``burst`` and ``shares`` in s from its start.
+    ``served`` and ``passed`` count the requests that the offload saw meanwhile, the checker's included (None
+    for ``served`` of the other arms); ``burst`` and ``shares`` are in seconds from the start of the run.
     """
 
     outcome: Outcome
