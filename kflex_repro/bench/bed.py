@@ -303,7 +303,7 @@ def attached_bed(host: str, port: int) -> Iterator[Bed]:
         session.suspend()
         endpoint = Endpoint(host, port, unix, _local_pid(server.get("process_id")), host)
         note = (
-            f"attached to {where}: both sides are the same server with kflex.so loaded, its hooks off and on; "
+            f"attached to {where}: both sides are that server with kflex.so loaded, hooks off and on; "
             f"only keys that begin with {PREFIX} were written, and deleted again"
         )
         bed = Bed(endpoint, endpoint, session, str(server.get("redis_version", "?")), (), notes=[note])
