@@ -258,7 +258,7 @@ class _Zeros(dict[str, int]):
         return 0
 
 
-BASE_ARGS = ("--enable-debug-command", "yes", "--databases", "2")
+BASE_ARGS = ("--enable-debug-command", "yes", "--databases", "2", "--repl-diskless-sync-delay", "0")
 
 
 def _managed(args: Iterable[str], module: Path | None, **kw: Any) -> Any:
