@@ -45,7 +45,7 @@ enum kflex_stat {
 	KFLEX_STAT_WHY_SIZE,	/* key, value, pipeline or message too large */
 	KFLEX_STAT_WHY_MISS,	/* GET of a key that is not in the table */
 	KFLEX_STAT_WHY_GATE,	/* SET while Redis executes commands */
-	KFLEX_STAT_WHY_HELD,	/* SET while a cut is being taken */
+	KFLEX_STAT_WHY_HELD,	/* SET while a cut is being taken, or is overdue */
 	KFLEX_STAT_WHY_LOCKED,	/* bucket contended */
 	KFLEX_STAT_WHY_FULL,	/* no room in the table or the dirty ring */
 	KFLEX_STAT_WHY_NOMEM,	/* the kernel had no page for the reply */

@@ -12,6 +12,7 @@
 #include "order.bpf.h"
 #include "gate.bpf.h"
 
+#define MAX_DIRTY_NS	   8000000
 #define MAX_INJECTED	   256
 #define MAX_INJECTED_BYTES (256 * 1024)
 
@@ -302,6 +303,10 @@ __noinline int enter_gate(struct kflex_conn *c)
 		goto out;
 	why = KFLEX_STAT_WHY_HELD;
 	if (READ_ONCE(k->hold))
+		goto out;
+	/* The drain thread does not get a CPU: passing this SET wakes the main thread, which drains first. */
+	if (!store && READ_ONCE(k->head) != READ_ONCE(k->tail) &&
+	    (__s64)(bpf_ktime_get_ns() - READ_ONCE(k->oldest_ns)) > MAX_DIRTY_NS)
 		goto out;
 	why = KFLEX_STAT_WHY_OFF;
 	if (READ_ONCE(k->disabled) || !(READ_ONCE(k->allow) & KFLEX_ALLOW_SET))

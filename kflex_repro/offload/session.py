@@ -145,6 +145,10 @@ class Session:
         found["table_bytes_used"] = int(self._ctl.bump) * self._const("KFLEX_CELL")
         return found
 
+    def reset_max(self) -> None:
+        """Forget the greatest dirty age and wait so far (stats: dirty_age_us_max, writer_wait_us_max)."""
+        self._ctl.dirty_age_max = self._ctl.wait_max = 0
+
     @property
     def gate_open_ratio(self) -> float:
         """Share of the time in which SETs were accepted, as the server's main thread saw it."""
