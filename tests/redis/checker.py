@@ -180,14 +180,19 @@ class Link:
     def recv(self, count: int) -> bytes:
         sock = self.sock
         assert sock is not None
-        try:
-            if self.polls and not select.select([sock], [], [], self.config.reply_timeout)[0]:
-                raise BlockingIOError
-            data = sock.recv(count)
-        except BlockingIOError:
-            raise self.violation(f"no reply within {self.config.reply_timeout} s") from None
-        except OSError as error:
-            raise self.violation(f"recv failed: {error}") from None
+        began = time.monotonic()
+        while True:
+            try:
+                if self.polls and not select.select([sock], [], [], self.config.reply_timeout)[0]:
+                    raise BlockingIOError
+                data = sock.recv(count)
+                break
+            except BlockingIOError:
+                # recv() on a socket in a sockmap may end early when the server dies: the next tells how.
+                if time.monotonic() - began > self.config.reply_timeout * 0.9:
+                    raise self.violation(f"no reply within {self.config.reply_timeout} s") from None
+            except OSError as error:
+                raise self.violation(f"recv failed: {error}") from None
         if not data:
             raise self.violation("closed by the server")
         return data
@@ -1222,8 +1227,11 @@ def _meet(shared: Shared, config: Config) -> None:
         time.sleep(0.001)
 
 
-def run(config: Config) -> Report:
-    """Runs the checker against a server and says what it found. Its processes have ended when it returns."""
+def run(config: Config, until: Callable[[], bool] = lambda: False) -> Report:
+    """Runs the checker against a server and says what it found. Its processes have ended when it returns.
+
+    It ends early, without that being a violation, when ``until()`` is true (asked a few times a second).
+    """
     if config.whole_server and config.workers != 1:
         raise ValueError("whole_server needs workers=1")
     if 2 * config.pairs > MAX_REGISTERS:
@@ -1247,7 +1255,10 @@ def run(config: Config) -> Report:
     try:
         for index, end in enumerate(ends):
             try:
-                if not end.poll(max(0.1, limit - time.monotonic())):
+                while not end.poll(0.05) and time.monotonic() < limit:
+                    if until():
+                        shared.stop_all()
+                if not end.poll(0):
                     violations.append(f"worker {index} hangs")
                     continue
                 counts, links, violation = end.recv()

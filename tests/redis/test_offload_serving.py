@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import socket
 import threading
 from pathlib import Path
@@ -373,6 +374,40 @@ def test_waiting_with_poll_epoll_and_edges(sut: Sut, conn: Conn) -> None:
         assert poll.poll(5000)
         assert conn.sock.recv(100) == b"$1\r\nv\r\n"
     epoll.close()
+
+
+def test_a_signal_while_a_slow_reply_is_awaited(sut: Sut, conn: Conn) -> None:
+    """A socket with a timeout does not notice. A blocking recv() ends with EAGAIN on a socket in a sockmap,
+    where on another it goes on (docs/offload.md): nothing is lost, the next recv() has the reply."""
+    conn.do("SET", "k", "v")
+    sut.warm(conn, "k")
+    other = sut.connect()
+    rang = []
+    old = signal.signal(signal.SIGALRM, lambda *_: rang.append(1))
+    signal.siginterrupt(signal.SIGALRM, False)
+    try:
+        for blocking in (False, True):
+            slow = sut.connect()
+            sut.warm(slow)
+            rang.clear()
+            slow.sock.settimeout(None if blocking else 10)
+            slow.send("BLPOP", "queue", 0)
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+            pusher = threading.Timer(0.2, lambda: other.send("RPUSH", "queue", "x"))
+            pusher.start()
+            got = b""
+            while len(got) < len(b"*2\r\n$5\r\nqueue\r\n$1\r\nx\r\n"):
+                try:
+                    got += slow.sock.recv(100)
+                except BlockingIOError:
+                    assert blocking
+            pusher.join()
+            assert got == b"*2\r\n$5\r\nqueue\r\n$1\r\nx\r\n"
+            assert rang
+            assert other.read() == 1
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
 
 
 def test_many_replies_unread(sut: Sut, conn: Conn) -> None:
