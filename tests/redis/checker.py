@@ -71,6 +71,8 @@ class Config:
     """FLUSHALL, SWAPDB, DEBUG RELOAD among the own commands: needs workers=1 and no other work on the
     server."""
     sizes: tuple[int, ...] = (0, 1, 2, 7, 16, 63, 64, 65, 100, 300, 1000, 4000, 4095, 4096, 4097, 5000)
+    keys: int = 20
+    """Own keys of each worker."""
     reply_timeout: float = 10.0
     keep_going: bool = False
     """Go on after a violation (each worker still stops at its own first)."""
@@ -299,8 +301,9 @@ class Own:
         rng = self.rng
         sizes = [len(tag) + 1, 8, 8, 12, 12, 16, 16, 16, 24, 31, 32, 33, 63, 64, 65, 128, 249, 250, 251, 300]
         keys = []
-        for number, size in enumerate(sizes):
-            stem = b"%b%02d" % (tag, number) if size > len(tag) + 2 else tag + b"%d" % (number % 10)
+        for number, size in enumerate(itertools.islice(itertools.cycle(sizes), self.config.keys)):
+            # The shortest key there is, once; the others have room for a number.
+            stem = tag + b"0" if number == 0 else b"%b%04d" % (tag, number)
             fill = rng.randbytes(size) if number % 3 == 0 else bytes(rng.choices(b"abcdefgh0123", k=size))
             keys.append((stem + fill)[: max(size, len(stem))])
         return keys
@@ -1288,6 +1291,13 @@ PROFILES: dict[str, dict[str, Any]] = {
     # replies show it.
     "own": {"weights": (("own", 1.0),)},
     "registers": {"weights": (("registers", 1.0),)},
+    # More, and larger, than a small table holds.
+    "crowded": {
+        "weights": (("own", 0.7), ("registers", 0.3)),
+        "keys": 1500,
+        "pairs": 300,
+        "sizes": (64, 1000, 2000, 3000, 4000, 4096),
+    },
     "whole_server": {
         "weights": (("own", 1.0),),
         "workers": 1,

@@ -60,6 +60,15 @@ def test_commands_of_unblocked_clients(offloaded: Sut) -> None:
     check(offloaded, "blocked", 40_000, seconds=25.0)
 
 
+def test_a_table_too_small_for_all() -> None:
+    """Entries are thrown out and their memory used for other keys while others read them."""
+    with offloaded_server(table_bytes=4 << 20) as sut:
+        check(sut, "crowded", 60_000, seconds=25.0)
+        if sut.offloaded:
+            stats = sut.stats()
+            assert stats["evicted"] + stats["why_full"] > 0, stats
+
+
 BROKEN = {
     "KFLEX_BREAK_NO_DRAIN": "own",
     "KFLEX_BREAK_NO_INVALIDATE": "own",
@@ -81,6 +90,12 @@ def test_a_broken_build_is_found(mistake: str) -> None:
         print(report)
         assert report.violations, f"{mistake}: not found. {report}"
         assert "the checker itself failed" not in str(report.violations)
+
+
+@pytest.mark.soak
+def test_soak_of_a_small_table() -> None:
+    with offloaded_server(table_bytes=4 << 20) as sut:
+        check(sut, "crowded", SOAK_OPS, seconds=1800.0)
 
 
 @pytest.mark.soak

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from kflex_repro.redis.resp import ErrorReply, Push
+from kflex_repro.redis.server import free_port
 from tests.redis.harness import Conn, Sut, eventually, offloaded_server, plain_server
 
 pytestmark = pytest.mark.bpf
@@ -497,7 +498,8 @@ def test_renamed_commands(name: str) -> None:
 
 
 def test_cluster_mode() -> None:
-    with offloaded_server(["--cluster-enabled", "yes", "--databases", "1"]) as sut:
+    args = ["--cluster-enabled", "yes", "--cluster-port", str(free_port()), "--databases", "1"]
+    with offloaded_server(args) as sut:
         conn = sut.connect()
         conn.do("PING")
         for _ in range(20):
@@ -550,7 +552,34 @@ def test_io_threads_are_fine() -> None:
         assert sut.broken_promises() == {}
 
 
-def test_debug_sleep_holds_sets_but_not_gets(rules: Rules) -> None:
+def test_a_script_that_keeps_redis_busy(rules: Rules) -> None:
+    """Redis then answers BUSY from inside the script: SETs must meet that, GETs may be served."""
+    assert rules.control.do("CONFIG", "SET", "busy-reply-threshold", "20") == b"OK"
+    killer = rules.sut.connect()
+    killer.do("PING")
+    rules.control.send("EVAL", "while true do end", "0")
+
+    def busy() -> bool:
+        reply = killer.do("PING")
+        return isinstance(reply, ErrorReply) and reply.code == "BUSY"
+
+    eventually(busy, what="the script, busy")
+    before = rules.sut.stats()
+    for _ in range(20):
+        reply = rules.conn.do("SET", "k", "w")
+        assert isinstance(reply, ErrorReply)
+        assert reply.code == "BUSY"
+        reply = rules.conn.do("GET", "k")
+        assert reply == b"v" if rules.sut.offloaded else isinstance(reply, ErrorReply)
+    assert rules.sut.stats()["served_set"] == before["served_set"]
+    assert killer.do("SCRIPT", "KILL") == b"OK"
+    assert isinstance(rules.control.read(), ErrorReply)
+    assert rules.conn.do("GET", "k") == b"v"
+    rules.served_again()
+    assert rules.control.do("CONFIG", "SET", "busy-reply-threshold", "5000") == b"OK"
+
+
+def test_a_busy_redis_holds_sets_but_not_gets(rules: Rules) -> None:
     """While Redis is busy a GET may still be served; SETs wait for it."""
     rules.control.send("EVAL", "local n=0 for i=1,60000000 do n=n+i end return 'done'", "0")
     replies = [rules.conn.do("GET", "k") for _ in range(20)]

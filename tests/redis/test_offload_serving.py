@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
 import socket
+import struct
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import redis
 
 from kflex_repro.redis.resp import encode_command, encode_pipeline
-from tests.redis.harness import Conn, Sut, eventually, offloaded_server, rng
+from tests.redis.harness import PLAIN_ONLY, Conn, Sut, eventually, offloaded_server, plain_server, rng
 
 pytestmark = pytest.mark.bpf
 
@@ -408,6 +411,128 @@ def test_a_signal_while_a_slow_reply_is_awaited(sut: Sut, conn: Conn) -> None:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
+
+
+@pytest.mark.xfail(
+    not PLAIN_ONLY,
+    reason="splice() reads the receive queue only, where the kernel's replies are not: such a client hangs",
+    strict=True,
+)
+def test_splice(sut: Sut, conn: Conn) -> None:
+    """How Go's io.Copy moves bytes from one connection to another, in a proxy say."""
+    conn.do("SET", "k", "v")
+    sut.warm(conn, "k")
+    out, into = os.pipe()
+    try:
+        conn.sock.setblocking(False)
+        for _ in range(5):
+            conn.sock.send(encode_command("GET", "k"))
+            got = b""
+            deadline = time.monotonic() + 1.0
+            while len(got) < len(b"$1\r\nv\r\n") and time.monotonic() < deadline:
+                select.select([conn.sock], [], [], 0.1)
+                with contextlib.suppress(BlockingIOError):
+                    got += os.read(out, os.splice(conn.sock.fileno(), into, 100))
+            assert got == b"$1\r\nv\r\n"
+    finally:
+        os.close(out)
+        os.close(into)
+
+
+def test_one_thread_sends_another_reads(sut: Sut, conn: Conn) -> None:
+    """As clients that pipeline do: the reader is in a blocking recv() when the kernel answers the sender."""
+    conn.do("SET", "k", "v")
+    sut.warm(conn, "k")
+    conn.sock.settimeout(None)
+    generator = rng("threads")
+    current = b"v"
+    messages: list[bytes] = []
+    expected: list[object] = []
+    for number in range(8000):
+        roll = generator.random()
+        if roll < 0.5:
+            messages.append(encode_command("GET", "k"))
+            expected.append(current)
+        elif roll < 0.8:
+            current = b"%d" % number
+            messages.append(encode_command("SET", "k", current))
+            expected.append(b"OK")
+        else:
+            messages.append(encode_command("STRLEN", "k"))
+            expected.append(len(current))
+    got: list[object] = []
+    room = threading.Semaphore(64)
+
+    def read() -> None:
+        while len(got) < len(expected):
+            got.append(conn.read())
+            room.release()
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    for number, message in enumerate(messages):
+        assert room.acquire(timeout=10), f"no reply to message {len(got)}"
+        conn.sock.sendall(message)
+        if number % 100 == 0:
+            # Let everything be answered now and then: only then may the kernel answer again.
+            eventually(lambda number=number: len(got) > number, what="the replies so far")
+    reader.join(20)
+    assert got == expected
+
+
+def test_the_same_four_addresses_again(sut: Sut) -> None:
+    """A client port used anew: nothing of the connection that had it before counts."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    for number in range(200):
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.bind(("127.0.0.1", port))
+            sock.settimeout(5)
+            sock.connect(("127.0.0.1", sut.port))
+            for _ in range(3):
+                sock.sendall(encode_command("SET", "k", number))
+                assert sock.recv(100) == b"+OK\r\n"
+                sock.sendall(encode_command("GET", "k"))
+                assert sock.recv(100) == b"$%d\r\n%d\r\n" % (len(str(number)), number)
+            if number % 2:
+                sock.sendall(encode_command("GET", "k"))
+
+
+def test_another_server_on_the_same_port(sut: Sut, conn: Conn) -> None:
+    """Bound to another address: it is not the one that was attached."""
+    with plain_server(port=sut.port, bind="127.0.0.2") as other:
+        stranger = other.connect("127.0.0.2")
+        assert stranger.do("SET", "k", "theirs") == b"OK"
+        assert conn.do("SET", "k", "ours") == b"OK"
+        sut.warm(conn, "k")
+        for _ in range(50):
+            assert stranger.do("GET", "k") == b"theirs"
+            assert stranger.do("SET", "k", "theirs") == b"OK"
+            assert conn.do("GET", "k") == b"ours"
+
+
+def test_large_replies_that_the_server_must_send_in_parts(sut: Sut, conn: Conn) -> None:
+    """The client does not read for a while: the server's send() takes parts, that look like replies."""
+    trap = b"+OK\r\n$1\r\nx\r\n*2\r\n:1\r\n" * 60_000
+    other = sut.connect()
+    other.do("MSET", "large", trap, "k", "v")
+    sut.warm(conn, "k")
+    for _ in range(6):
+        conn.send("GET", "large")
+    conn.send("GET", "k")
+    conn.send("STRLEN", "k")
+    eventually(lambda: other.do("PING") == b"PONG" and not conn.quiet(), what="the first reply")
+    reply = b"$%d\r\n%b\r\n" % (len(trap), trap)
+    for _ in range(6):
+        assert conn.read_bytes(len(reply)) == reply
+    assert [conn.read(), conn.read()] == [b"v", 1]
+    for number in range(20):
+        assert conn.do("SET", "k", number) == b"OK"
+        assert conn.do("GET", "k") == b"%d" % number
+        assert conn.do("STRLEN", "k") == len(str(number))
 
 
 def test_many_replies_unread(sut: Sut, conn: Conn) -> None:
