@@ -17,6 +17,7 @@
 #define SYS_EPOLL_WAIT	 232
 #define SYS_EPOLL_PWAIT	 281
 #define SYS_EPOLL_PWAIT2 441
+#define SYS_SPLICE	 275
 #define SYSCALL_NR(regs) ((regs)->orig_ax)
 #else
 /* Elsewhere the seqlock of table.bpf.h needs read barriers too, which BPF has not before load-acquire (6.15). */

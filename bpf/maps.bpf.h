@@ -21,6 +21,26 @@
  */
 #define BOUND(x, mask) asm volatile("%0 &= %1" : "+r"(x) : "i"(mask))
 
+/*
+ * The bounds of a message's first element. By hand, because clang may add a field's offset to the context's address
+ * before the load, and the verifier refuses that.
+ */
+static __always_inline void *msg_data(struct sk_msg_md *m)
+{
+	void *p;
+
+	asm volatile("%0 = *(u64 *)(%1 + %2)" : "=r"(p) : "r"(m), "i"(__builtin_offsetof(struct sk_msg_md, data)));
+	return p;
+}
+
+static __always_inline void *msg_end(struct sk_msg_md *m)
+{
+	void *p;
+
+	asm volatile("%0 = *(u64 *)(%1 + %2)" : "=r"(p) : "r"(m), "i"(__builtin_offsetof(struct sk_msg_md, data_end)));
+	return p;
+}
+
 struct kflex_chunk {
 	__u8 bytes[KFLEX_CHUNK_CELLS * KFLEX_CELL + KFLEX_CHUNK_SLACK];
 };

@@ -59,32 +59,37 @@ int kflex_enrol(struct bpf_sock_ops *s)
 	return 1;
 }
 
+#define HEAD 320 /* bytes of a request that hold everything but a value */
+
 /* "*2\r\n$3\r\n" and "*3\r\n$3\r\n" as little-endian words. */
 #define PREFIX_GET 0x0a0d33240a0d322aull
 #define PREFIX_SET 0x0a0d33240a0d332aull
 
 /*
- * Parses the request at byte `at` of the message that starts at kernel address addr and has size bytes.
- * Returns its length and fills desc[i] and c->key, or minus the reason for passing.
+ * Parses the request at byte `at` of the message that starts at kernel address addr and has size bytes; the first one's
+ * head is in c->hdr already. Returns its length and fills desc[i] and c->key, or minus the reason for passing.
  */
-__noinline int parse_request(struct kflex_conn *c, __u64 addr, __u32 at, __u32 size, __u32 i)
+static __always_inline int parse_request(struct kflex_conn *c, __u64 addr, __u32 at, __u32 size, __u32 i, __u64 seed)
 {
-	__u32 left = size - at, used = 0, klen, vlen, pos, w;
+	__u32 left = size - at, used = 0, klen, vlen, pos, w, tail, magic = 0;
+	__u16 crlf = 0;
 	__u64 n;
 	struct kflex_desc *d;
-	__u64 prefix;
+	__u64 prefix, word, h = seed;
 	__u32 name;
 	int num;
 
 	if (!c || at >= size)
 		return -KFLEX_STAT_WHY_OTHER;
 	d = &c->desc[i & (KFLEX_MAX_PIPELINE - 1)];
-	n = left < 320 ? left : 320;
+	n = left < HEAD ? left : HEAD;
 	if (n < 19) /* "*2\r\n$3\r\nGET\r\n$0\r\n\r\n" */
 		return -KFLEX_STAT_WHY_OTHER;
-	BOUND(n, 0x1ff);
-	if (bpf_probe_read_kernel(c->hdr, n, (void *)(addr + at)))
-		return -KFLEX_STAT_WHY_OTHER;
+	if (at) {
+		BOUND(n, 0x1ff);
+		if (bpf_probe_read_kernel(c->hdr, n, (void *)(addr + at)))
+			return -KFLEX_STAT_WHY_OTHER;
+	}
 	prefix = *(__u64 *)c->hdr;
 	name = *(__u32 *)(c->hdr + 8);
 	/* Letters differ from the other case's in bit 5; the '\r' has none of its bits there. */
@@ -111,8 +116,13 @@ __noinline int parse_request(struct kflex_conn *c, __u64 addr, __u32 at, __u32 s
 	for (w = 0; w < 32; w++) {
 		if (w * 8 >= klen)
 			break;
-		c->key[w] = head_of(*(__u64 *)&c->hdr[(pos & 31) + w * 8], klen - w * 8);
+		word = head_of(*(__u64 *)&c->hdr[(pos & 31) + w * 8], klen - w * 8);
+		c->key[w] = word;
+		h = kflex_hash_word(h, word);
 	}
+	h = kflex_hash_end(h, klen);
+	d->tag = h >> 32;
+	d->bucket = h & bucket_mask;
 	pos += klen;
 	if (c->hdr[pos & 0x1ff] != '\r' || c->hdr[(pos + 1) & 0x1ff] != '\n')
 		return -KFLEX_STAT_WHY_OTHER;
@@ -134,23 +144,18 @@ __noinline int parse_request(struct kflex_conn *c, __u64 addr, __u32 at, __u32 s
 	d->vlen = vlen;
 	d->voff = at + pos;
 	d->rlen = 5;
-	if (vlen >= 4) {
-		__u32 magic = 0;
-
-		/* PFCOUNT changes a HyperLogLog's bytes without an event: keep them out of the table. */
-		bpf_probe_read_kernel(&magic, 4, (void *)(addr + d->voff));
-		if (magic == 0x4c4c5948)
-			return -KFLEX_STAT_WHY_OTHER;
+	tail = pos + vlen;
+	if (tail + 2 <= n) {
+		magic = *(__u32 *)&c->hdr[pos & 0x1ff];
+		crlf = *(__u16 *)&c->hdr[tail & 0x1ff];
+	} else {
+		bpf_probe_read_kernel(&magic, 4, (void *)(addr + at + pos));
+		bpf_probe_read_kernel(&crlf, 2, (void *)(addr + at + tail));
 	}
-	pos += vlen;
-	{
-		__u16 crlf = 0;
-
-		bpf_probe_read_kernel(&crlf, 2, (void *)(addr + at + pos));
-		if (crlf != 0x0a0d)
-			return -KFLEX_STAT_WHY_OTHER;
-	}
-	return pos + 2;
+	/* PFCOUNT changes a HyperLogLog's bytes without an event: keep them out of the table. */
+	if (crlf != 0x0a0d || (vlen >= 4 && magic == 0x4c4c5948))
+		return -KFLEX_STAT_WHY_OTHER;
+	return tail + 2;
 }
 
 /* Writes the reply of GET i at byte `at` of the (altered, contiguous) message. Returns 0, or -1 if it does not fit. */
@@ -161,7 +166,7 @@ __noinline int write_value(struct sk_msg_md *m, __u32 conn, __u32 i, __u32 at)
 	struct kflex_desc *d;
 	__u32 vlen, pad, hlen, b, full;
 	__u64 head, off = at;
-	__u8 *p, *end = (void *)(long)m->data_end, *v;
+	__u8 *p, *end = msg_end(m), *v;
 
 	if (!c || at > KFLEX_MAX_MESSAGE)
 		return -1;
@@ -191,7 +196,7 @@ __noinline int write_value(struct sk_msg_md *m, __u32 conn, __u32 i, __u32 at)
 		hlen = 7;
 	}
 	BOUND(off, 0x7fff);
-	p = (__u8 *)(long)m->data + off;
+	p = (__u8 *)msg_data(m) + off;
 	if (p + 8 <= end) {
 		*(__u64 *)p = head; /* what is too much is overwritten below, or by the next reply */
 	} else {
@@ -250,13 +255,13 @@ __noinline int write_value(struct sk_msg_md *m, __u32 conn, __u32 i, __u32 at)
 
 __noinline int write_ok(struct sk_msg_md *m, __u32 at)
 {
-	__u8 *p, *end = (void *)(long)m->data_end;
+	__u8 *p, *end = msg_end(m);
 	__u64 off = at;
 
 	if (at > KFLEX_MAX_MESSAGE)
 		return -1;
 	BOUND(off, 0x7fff);
-	p = (__u8 *)(long)m->data + off;
+	p = (__u8 *)msg_data(m) + off;
 	if (p + 5 > end)
 		return -1;
 	*(__u32 *)p = 0x0d4b4f2b; /* "+OK\r" */
@@ -285,7 +290,7 @@ static __always_inline void leave(struct kflex_ctl *k, __u32 inside)
  * Counts ourselves in as a writer, then looks at the gate: whoever closes it waits for the count. Returns 0, or the
  * reason why no SET may be accepted; then nothing is counted.
  */
-__noinline int enter_gate(struct kflex_conn *c)
+static __always_inline int enter_gate(struct kflex_conn *c)
 {
 	struct kflex_ctl *k = get_ctl();
 	__u32 t;
@@ -332,7 +337,7 @@ __noinline int plan_request(struct kflex_conn *c, __u64 addr, __u32 at_i, __u32 
 
 	if (!c || !k)
 		return -KFLEX_STAT_WHY_OFF;
-	length = parse_request(c, addr, at, size, i);
+	length = parse_request(c, addr, at, size, i, k->seed);
 	if (length < 0)
 		return length;
 	if (!c->desc[i & (KFLEX_MAX_PIPELINE - 1)].set) {
@@ -379,16 +384,15 @@ __noinline int abandon(struct kflex_conn *c, __u32 n)
 	return 0;
 }
 
-/* Parses the message and finds everything that its requests need. Returns 0, or the reason for passing it. */
-__noinline int plan_message(struct kflex_conn *c, __u64 addr, __u32 size, __u32 owner)
+/* Plans the requests after the first, which took `at` bytes. Returns 0, or the reason for passing the message. */
+__noinline int plan_rest(struct kflex_conn *c, __u64 addr, __u32 at, __u32 size, __u32 owner)
 {
-	__u32 at = 0, i;
 	int r, why = KFLEX_STAT_WHY_SIZE;
+	__u32 i;
 
 	if (!c)
 		return KFLEX_STAT_WHY_OFF;
-	c->plan_n = c->plan_sets = c->plan_reply = c->plan_active = 0;
-	for (i = 0; i < KFLEX_MAX_PIPELINE; i++) {
+	for (i = 1; i < KFLEX_MAX_PIPELINE; i++) {
 		r = plan_request(c, addr, at << 16 | i, size, owner);
 		if (r < 0) {
 			why = -r;
@@ -404,6 +408,57 @@ __noinline int plan_message(struct kflex_conn *c, __u64 addr, __u32 size, __u32 
 	}
 	abandon(c, c->plan_n);
 	return why;
+}
+
+/*
+ * Parses the message and finds everything that its requests need. Returns 0, or the reason for passing it. Most messages
+ * are one request: that one is on the shortest way, each call costs tens of nanoseconds where returns are mitigated.
+ */
+static __always_inline int plan_message(struct kflex_ctl *k, struct kflex_conn *c, __u64 addr, __u32 size, __u32 owner)
+{
+	int r;
+
+	c->plan_sets = c->plan_reply = c->plan_active = 0;
+	c->plan_n = 1;
+	r = plan_request(c, addr, 0, size, owner);
+	if (r == size)
+		return 0;
+	if (r < 0) {
+		c->plan_n = 0;
+		leave(k, c->plan_active);
+		return -r;
+	}
+	return plan_rest(c, addr, r, size, owner);
+}
+
+/* Copies the message's head into c->hdr. Returns 0, or -1 for a message that is no request or not contiguous. */
+static __always_inline int load_head(struct sk_msg_md *m, struct kflex_conn *c, __u64 addr, __u32 size)
+{
+	__u8 *p = msg_data(m), *end = msg_end(m);
+	__u64 n = size, at;
+	__u32 i;
+
+	if (size < 19) /* "*2\r\n$3\r\nGET\r\n$0\r\n\r\n" */
+		return -1;
+	if (size > 128) {
+		if (n > HEAD)
+			n = HEAD;
+		BOUND(n, 0x1ff);
+		return bpf_probe_read_kernel(c->hdr, n, (void *)addr);
+	}
+	for (i = 0; i < 16; i++) {
+		if (p + 8 > end)
+			break;
+		*(__u64 *)&c->hdr[i * 8] = *(__u64 *)p;
+		p += 8;
+	}
+	at = size - 8;
+	BOUND(at, 0x7f);
+	p = (__u8 *)msg_data(m) + at;
+	if (p + 8 > end)
+		return -1;
+	*(__u64 *)&c->hdr[at] = *(__u64 *)p;
+	return 0;
 }
 
 /* Puts the message, now holding the replies, into the client's own ingress queue. */
@@ -433,7 +488,7 @@ static __always_inline void commit_all(struct kflex_conn *c, __u64 addr)
 		if (i >= c->plan_n)
 			break;
 		if (c->desc[i].set)
-			table_commit(c, i, addr);
+			table_commit(c, i, addr, 0);
 	}
 }
 
@@ -444,13 +499,18 @@ static __always_inline int serve_sets(struct sk_msg_md *m, struct kflex_ctl *k, 
 	__u32 i, n = c->plan_n, size = m->size, keep = c->plan_reply;
 	int lost = 0;
 
-	commit_all(c, addr);
-	leave(k, c->plan_active);
-	for (i = 0; i < KFLEX_MAX_PIPELINE; i++) {
-		if (i >= n)
-			break;
-		lost |= write_ok(m, i * 5);
+	if (n == 1) {
+		table_commit(c, 0, addr, 1);
+		lost = write_ok(m, 0);
+	} else {
+		commit_all(c, addr);
+		for (i = 0; i < KFLEX_MAX_PIPELINE; i++) {
+			if (i >= n)
+				break;
+			lost |= write_ok(m, i * 5);
+		}
 	}
+	leave(k, c->plan_active);
 	if (keep < size)
 		lost |= bpf_msg_pop_data(m, keep, size - keep, 0);
 	if (lost) {
@@ -475,20 +535,26 @@ static __always_inline int serve_mixed(struct sk_msg_md *m, struct kflex_ctl *k,
 		abandon(c, n);
 		return -KFLEX_STAT_WHY_NOMEM;
 	}
-	for (i = 0; i < KFLEX_MAX_PIPELINE; i++) {
-		if (i >= n)
-			break;
-		bad |= c->desc[i].set ? write_ok(m, at) : write_value(m, conn, i, at);
-		at += c->desc[i].rlen;
-		if (bad)
-			break;
-	}
-	KFLEX_BARRIER();
-	for (i = 0; i < KFLEX_MAX_PIPELINE; i++) {
-		if (i >= n || bad)
-			break;
-		if (!c->desc[i].set)
-			bad |= table_moved(c, i);
+	if (n == 1) {
+		bad = write_value(m, conn, 0, 0);
+		KFLEX_BARRIER();
+		bad |= table_moved(c, 0);
+	} else {
+		for (i = 0; i < KFLEX_MAX_PIPELINE; i++) {
+			if (i >= n)
+				break;
+			bad |= c->desc[i].set ? write_ok(m, at) : write_value(m, conn, i, at);
+			at += c->desc[i].rlen;
+			if (bad)
+				break;
+		}
+		KFLEX_BARRIER();
+		for (i = 0; i < KFLEX_MAX_PIPELINE; i++) {
+			if (i >= n || bad)
+				break;
+			if (!c->desc[i].set)
+				bad |= table_moved(c, i);
+		}
 	}
 	if (bad) {
 		abandon(c, n);
@@ -563,7 +629,10 @@ int kflex_client(struct sk_msg_md *m)
 			goto pass;
 	}
 	addr = message_addr(m, c, ROLE_REQUEST);
-	why = plan_message(c, addr, size, conn + 1);
+	why = KFLEX_STAT_WHY_OTHER;
+	if (load_head(m, c, addr, size))
+		goto pass;
+	why = plan_message(k, c, addr, size, conn + 1);
 	if (why)
 		goto pass;
 	c->passed--;
@@ -622,6 +691,32 @@ int kflex_server(struct sk_msg_md *m)
 	/* The client's program reads replies first, then s_wseq. */
 	__sync_fetch_and_add(&c->replies, c->rep.frames - before);
 	return SK_PASS;
+}
+
+/*
+ * splice() reads the receive queue only (tcp_read_sock) and would wait for ever for a reply that was put into the ingress
+ * queue. Who reads that way is found at the first reply, which always comes from Redis. Runs under the socket's lock.
+ */
+SEC("tp_btf/tcp_rcv_space_adjust")
+int BPF_PROG(kflex_read, struct sock *sk)
+{
+	struct pt_regs *regs = (struct pt_regs *)bpf_task_pt_regs(bpf_get_current_task_btf());
+	struct kflex_ctl *k;
+	struct kflex_link *l;
+	struct kflex_conn *c;
+	__u32 conn;
+
+	if (SYSCALL_NR(regs) != SYS_SPLICE)
+		return 0;
+	k = get_ctl();
+	l = bpf_sk_storage_get(&links, sk, NULL, 0);
+	if (!k || !l || l->server)
+		return 0;
+	conn = l->conn;
+	c = bpf_map_lookup_elem(&conns, &conn);
+	if (c && !(c->cflags & KFLEX_C_DEMOTED))
+		demote_client(k, c);
+	return 0;
 }
 
 struct kflex_unread {

@@ -28,6 +28,22 @@ static __always_inline struct kflex_bucket *bucket_at(__u32 i)
 	return bpf_map_lookup_elem(&buckets, &i);
 }
 
+/* A value of at most so many bytes that begins in the first bytes of the message lies within c->hdr. */
+#define HDR_VALUE    128
+#define HDR_VALUE_AT 63
+
+/* Copies words until len bytes are covered, at most 32: a helper call would cost more than it saves. */
+static __always_inline void copy_words(__u64 *to, __u64 *from, __u32 len)
+{
+	__u32 i;
+
+	for (i = 0; i < 32; i++) {
+		if (i * 8 >= len)
+			break;
+		to[i] = from[i];
+	}
+}
+
 /* Is the key of the entry at cell the one in c->key? */
 __noinline int key_equal(struct kflex_conn *c, __u32 cell, __u32 klen)
 {
@@ -48,7 +64,7 @@ __noinline int key_equal(struct kflex_conn *c, __u32 cell, __u32 klen)
 }
 
 /* The slot of bucket b that holds c->key, or KFLEX_SLOTS. */
-__noinline __u32 find_slot(struct kflex_conn *c, __u32 b, __u32 tag, __u32 klen)
+static __always_inline __u32 find_slot(struct kflex_conn *c, __u32 b, __u32 tag, __u32 klen)
 {
 	struct kflex_bucket *bucket = bucket_at(b);
 	__u32 i;
@@ -62,30 +78,6 @@ __noinline __u32 find_slot(struct kflex_conn *c, __u32 b, __u32 tag, __u32 klen)
 			return i;
 	}
 	return KFLEX_SLOTS;
-}
-
-/* Hashes c->key into tag and bucket of request i. */
-__noinline int hash_key(struct kflex_conn *c, __u32 i)
-{
-	struct kflex_ctl *k = get_ctl();
-	struct kflex_desc *d;
-	__u32 w, klen;
-	__u64 h;
-
-	if (!c || !k)
-		return -1;
-	d = &c->desc[i & (KFLEX_MAX_PIPELINE - 1)];
-	klen = d->klen;
-	h = k->seed;
-	for (w = 0; w < 32; w++) {
-		if (w * 8 >= klen)
-			break;
-		h = kflex_hash_word(h, c->key[w]);
-	}
-	h = kflex_hash_end(h, klen);
-	d->tag = h >> 32;
-	d->bucket = h & bucket_mask;
-	return 0;
 }
 
 /* Takes a cell of the class, 0 when there is none. */
@@ -148,27 +140,40 @@ __noinline int cell_free(__u32 cell)
 	return -1; /* leaked: found again when the table is laid anew */
 }
 
-/* Locks bucket b for connection `owner`. Returns 0 or the reason why not. */
-__noinline int bucket_lock(__u32 b, __u32 owner)
+/* Waits a little for bucket b to be free. Returns its seq, odd when it is not. */
+__noinline __u32 bucket_wait(__u32 b)
 {
 	struct kflex_bucket *bucket = bucket_at(b);
-	__u32 i, seq;
+	__u32 i, seq = 1;
 
 	if (!bucket)
-		return KFLEX_STAT_WHY_LOCKED;
+		return 1;
 	for (i = 0; i < SPIN; i++) {
 		seq = READ_ONCE(bucket->seq);
-		if (!(seq & 1) && __sync_val_compare_and_swap(&bucket->seq, seq, seq + 1) == seq) {
-			bucket->owner = owner;
-			return 0;
-		}
-		if (READ_ONCE(bucket->owner) == owner)
-			return KFLEX_STAT_WHY_LOCKED;
+		if (!(seq & 1))
+			break;
 	}
-	return KFLEX_STAT_WHY_LOCKED;
+	return seq;
 }
 
-__noinline int bucket_unlock(__u32 b)
+/* Locks the bucket for connection `owner`. Returns 0 or the reason why not. */
+static __always_inline int bucket_lock(struct kflex_bucket *bucket, __u32 b, __u32 owner)
+{
+	__u32 seq = READ_ONCE(bucket->seq);
+
+	/* An earlier request of the same message may hold it. */
+	if (seq & 1) {
+		if (READ_ONCE(bucket->owner) == owner)
+			return KFLEX_STAT_WHY_LOCKED;
+		seq = bucket_wait(b);
+	}
+	if (seq & 1 || __sync_val_compare_and_swap(&bucket->seq, seq, seq + 1) != seq)
+		return KFLEX_STAT_WHY_LOCKED;
+	bucket->owner = owner;
+	return 0;
+}
+
+static __always_inline int bucket_unlock(__u32 b)
 {
 	struct kflex_bucket *bucket = bucket_at(b);
 
@@ -180,10 +185,10 @@ __noinline int bucket_unlock(__u32 b)
 }
 
 /*
- * GET: finds c->key and notes cell, value length and the bucket's seq in request i.
+ * GET: finds the key (in c->key, hashed by the parser) and notes cell, value length and the bucket's seq in request i.
  * Returns the length of the reply in bytes, or minus the reason for passing.
  */
-__noinline int table_get(struct kflex_conn *c, __u32 i)
+static __always_inline int table_get(struct kflex_conn *c, __u32 i)
 {
 	struct kflex_ctl *k = get_ctl();
 	struct kflex_bucket *bucket;
@@ -192,16 +197,18 @@ __noinline int table_get(struct kflex_conn *c, __u32 i)
 	__u32 t, seq, vlen, cell;
 	__u64 slot;
 
-	if (!c || !k || hash_key(c, i))
+	if (!k)
 		return -KFLEX_STAT_WHY_MISS;
 	d = &c->desc[i & (KFLEX_MAX_PIPELINE - 1)];
 	bucket = bucket_at(d->bucket);
 	if (!bucket)
 		return -KFLEX_STAT_WHY_MISS;
-	for (t = 0; t < SPIN; t++) {
+	for (t = 0; t < 3; t++) {
 		seq = READ_ONCE(bucket->seq);
 		if (seq & 1)
-			continue;
+			seq = bucket_wait(d->bucket);
+		if (seq & 1)
+			break;
 		KFLEX_BARRIER();
 		slot = find_slot(c, d->bucket, d->tag, d->klen);
 		if (slot >= KFLEX_SLOTS) {
@@ -234,7 +241,7 @@ __noinline int table_get(struct kflex_conn *c, __u32 i)
 }
 
 /* Has the bucket of GET i moved since it was found? */
-__noinline int table_moved(struct kflex_conn *c, __u32 i)
+static __always_inline int table_moved(struct kflex_conn *c, __u32 i)
 {
 	struct kflex_bucket *bucket;
 	struct kflex_desc *d;
@@ -260,18 +267,18 @@ __noinline int table_prepare(struct kflex_conn *c, __u32 i, __u32 owner)
 	__u32 s, cell, cls, state;
 	int why;
 
-	if (!c || !k || hash_key(c, i))
+	if (!c || !k)
 		return KFLEX_STAT_WHY_FULL;
 	d = &c->desc[i & (KFLEX_MAX_PIPELINE - 1)];
 	cls = kflex_class(kflex_cells(d->klen, d->vlen));
 	d->cls = cls;
 	d->old = 0;
-	why = bucket_lock(d->bucket, owner);
-	if (why)
-		return why;
 	bucket = bucket_at(d->bucket);
 	if (!bucket)
 		return KFLEX_STAT_WHY_FULL;
+	why = bucket_lock(bucket, d->bucket, owner);
+	if (why)
+		return why;
 	why = KFLEX_STAT_WHY_FULL;
 	slot = find_slot(c, d->bucket, d->tag, d->klen);
 	if (slot < KFLEX_SLOTS) {
@@ -352,12 +359,16 @@ __noinline int table_abort(struct kflex_conn *c, __u32 i)
 	return 0;
 }
 
-/* Stores request i, whose message begins at kernel address addr, and releases its bucket. Cannot fail. */
-__noinline int table_commit(struct kflex_conn *c, __u32 i, __u64 addr)
+/*
+ * Stores request i, whose message begins at kernel address addr, and releases its bucket. Cannot fail. `only`: it is the
+ * message's only request, so c->key and c->hdr are still its own.
+ */
+__noinline int table_commit(struct kflex_conn *c, __u32 i, __u64 addr, int only)
 {
 	struct kflex_ctl *k = get_ctl();
 	struct kflex_bucket *bucket;
 	struct kflex_entry *e, *old;
+	struct kflex_slot *in;
 	struct kflex_desc *d;
 	__u64 klen, vlen, pad, pos, slot;
 	__u32 at, was;
@@ -379,12 +390,16 @@ __noinline int table_commit(struct kflex_conn *c, __u32 i, __u64 addr)
 	if (d->inplace == 1) {
 		was = READ_ONCE(e->state);
 	} else {
-		if (pad) {
-			at = pad - 8;
-			*(__u64 *)&e->data[at & 0xf8] = 0;
+		if (only) {
+			copy_words((__u64 *)e->data, c->key, klen);
+		} else {
+			if (pad) {
+				at = pad - 8;
+				*(__u64 *)&e->data[at & 0xf8] = 0;
+			}
+			BOUND(klen, 0xff);
+			bpf_probe_read_kernel(e->data, klen, (void *)(addr + d->koff));
 		}
-		BOUND(klen, 0xff);
-		bpf_probe_read_kernel(e->data, klen, (void *)(addr + d->koff));
 		e->klen = klen;
 		e->tag = d->tag;
 		e->bucket = d->bucket;
@@ -393,7 +408,11 @@ __noinline int table_commit(struct kflex_conn *c, __u32 i, __u64 addr)
 	}
 	BOUND(pad, 0x1f8);
 	BOUND(vlen, 0x1fff);
-	bpf_probe_read_kernel(&e->data[pad], vlen, (void *)(addr + d->voff));
+	/* Whole words: the rest of the last one stays within the entry's last cell. */
+	if (only && vlen <= HDR_VALUE && d->voff <= HDR_VALUE_AT)
+		copy_words((__u64 *)&e->data[pad], (__u64 *)&c->hdr[d->voff & 0x3f], vlen);
+	else
+		bpf_probe_read_kernel(&e->data[pad], vlen, (void *)(addr + d->voff));
 	e->vlen = vlen;
 	e->version++;
 	e->epoch = READ_ONCE(k->epoch);
@@ -414,8 +433,11 @@ __noinline int table_commit(struct kflex_conn *c, __u32 i, __u64 addr)
 		}
 	}
 	if (d->inplace != 1) {
-		bucket->slot[slot].tag = d->tag;
-		WRITE_ONCE(bucket->slot[slot].cell, d->cell);
+		slot = __builtin_offsetof(struct kflex_bucket, slot) + slot * sizeof(*in);
+		BOUND(slot, 0x38); /* all slots' offsets, and nothing beyond the bucket */
+		in = (void *)bucket + slot;
+		in->tag = d->tag;
+		WRITE_ONCE(in->cell, d->cell);
 		if (d->old) {
 			old = entry_at(d->old);
 			if (old) {

@@ -123,7 +123,7 @@ static void on_filter(RedisModuleCommandFilterCtx *f)
 	if (argc > 1)
 		arg = RedisModule_StringPtrLen(RedisModule_CommandFilterArgGet(f, 1), &arglen);
 	if (len == 3 && argc == 2 && !strncasecmp(name, "get", 3)) {
-		if (K.nremembered < KFLEX_MAX_REMEMBERED && arglen <= KFLEX_MAX_KEY) {
+		if (K.ctl->allow && K.nremembered < KFLEX_MAX_REMEMBERED && arglen <= KFLEX_MAX_KEY) {
 			K.remembered[K.nremembered].len = (uint16_t)arglen;
 			memcpy(K.remembered[K.nremembered++].key, arg, arglen);
 		}

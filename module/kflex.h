@@ -33,6 +33,7 @@ struct kflex_module {
 	int applying;	      /* a cut of ours is being applied: its own events are not news */
 	int recheck;	      /* the rules must be looked at before the gate may open again */
 	int queued_admin;     /* an administrative command went into a transaction */
+	int renamed;	      /* GET or SET does not answer to its name */
 	int monitor_possible; /* a MONITOR was seen and not yet found gone */
 	int sleeps_since_check;
 	uint64_t sample_ns, armed_ns; /* of the iteration whose gate time is measured, 0: none */
@@ -82,6 +83,7 @@ void kflex_close_gate(void);
 void kflex_drain(RedisModuleCtx *ctx, int writers_running);
 
 /* rules.c */
+void kflex_rules_attach(RedisModuleCtx *ctx);
 void kflex_rules_check(RedisModuleCtx *ctx);
 void kflex_rules_add(unsigned rule);
 int kflex_is_admin(const char *name, size_t len, const char *sub, size_t sublen);

@@ -83,7 +83,7 @@ static int attach(const int fds[NFDS], char *text, size_t size)
 	K.ctl->oldest_ns = now_ns();
 	K.sample_ns = K.armed_ns = 0;
 	K.nremembered = 0;
-	K.monitor_possible = 1;
+	kflex_rules_attach(K.ctx);
 	kflex_rules_check(K.ctx);
 	K.attached = 1;
 	STORE(K.ctl->disabled, KFLEX_ON);

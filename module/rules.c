@@ -160,6 +160,13 @@ static int info_is(RedisModuleServerInfoData *info, const char *field, const cha
 	return value && !strcmp(value, want);
 }
 
+/* What cannot change while the server runs. */
+void kflex_rules_attach(RedisModuleCtx *ctx)
+{
+	K.monitor_possible = 1;
+	K.renamed = command_missing(ctx, "get") || command_missing(ctx, "set");
+}
+
 /* Reads everything anew and publishes what may be served. Main thread or GIL held, no command running. */
 void kflex_rules_check(RedisModuleCtx *ctx)
 {
@@ -179,7 +186,7 @@ void kflex_rules_check(RedisModuleCtx *ctx)
 	RULE(CLUSTER, info_is(server, "redis_mode", "cluster"));
 	RULE(REPLICA, !info_is(replication, "role", "master"));
 	RULE(AUTH, !default_user_is_open(ctx));
-	RULE(RENAMED, command_missing(ctx, "get") || command_missing(ctx, "set"));
+	RULE(RENAMED, K.renamed);
 	RULE(TIMEOUT, !config_is(ctx, "timeout", "0", &unknown));
 	if (K.monitor_possible)
 		K.monitor_possible = monitor_exists(ctx);

@@ -26,7 +26,7 @@ from kflex_repro.offload import commands, link, table, target
 _OBJECT = "offload_local"
 _MAPS = ("ctl", "heap", "buckets", "ring", "conns", "client_socks", "server_socks")
 _VERDICTS = (("kflex_client", "client_socks"), ("kflex_server", "server_socks"))
-_TRACING = ("kflex_switch", "kflex_exit", "kflex_exec")
+_TRACING = ("kflex_switch", "kflex_exit", "kflex_exec", "kflex_read")
 _ENROL = "kflex_enrol"
 _UNREAD = "kflex_unread"
 _ROOT_NAME = "kflex"
