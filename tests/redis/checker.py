@@ -493,6 +493,8 @@ class Own:
             return self.watch_step()
         if roll < 0.02:
             return self.inline_step()
+        if roll < 0.0203:
+            return self.monitor_step()
         link = rng.choice(self.links)
         if roll < 0.03 or (link.demoted and rng.random() < 0.5):
             link.open()
@@ -630,6 +632,14 @@ class Own:
         )
         link.expect(replies)
         return len(commands)
+
+    def monitor_step(self) -> int:
+        """A MONITOR comes and goes: while it is there nothing is served, on any connection."""
+        link = self.rng.choice(self.links)
+        link.send(encode([b"MONITOR"]), "MONITOR")
+        link.expect(m.OK)
+        link.open()
+        return 1
 
     def whole_server_step(self) -> int:
         rng = self.rng
