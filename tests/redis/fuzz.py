@@ -485,8 +485,8 @@ class Maker:
         big = fake * copies
         big = big[rng.randrange(len(fake)) :]
         key = self.key()
-        # Gone again at once: a client that half-closes before it has read a large reply may not get all of it,
-        # from any server.
+        # Gone again at once: a client that half-closes before it has read a large reply may not get all of
+        # it, from any server.
         commands = [*self.mix(3), [b"SET", key, big], [b"GET", key], [b"SET", key, b"small"], *self.mix(3)]
         data = b"".join(map(self.encode, commands))
         if rng.random() < 0.5:

@@ -414,10 +414,15 @@ class Snapshot:
         )
 
     def difference(self, later: Snapshot) -> dict[str, dict[str, list[str]]]:
-        """What appeared and what went, by kind; empty when the two are the same."""
+        """What appeared and what went, by kind; empty when the two are the same.
+
+        Kernel objects that went are not counted: those of an earlier probe are freed a moment after it.
+        """
         out = {}
         for name in self.__dataclass_fields__:
             old, new = getattr(self, name), getattr(later, name)
+            if name in ("programs", "maps", "links", "processes"):
+                old = old & new
             if old != new:
                 out[name] = {"new": sorted(new - old), "gone": sorted(old - new)}
         return out
