@@ -27,7 +27,7 @@ enum kflex_abi_const {
 	KFLEX_SLOTS = 6,
 	KFLEX_CLASSES = 11,
 	KFLEX_ENTRY_HEAD = 48,
-	KFLEX_NAME = 24,
+	KFLEX_NAME = 32,  /* "CONTAINER|SUBCOMMAND", zero-padded */
 	KFLEX_PARK = 512, /* messages in a row without a GET or SET after which a connection is left alone */
 };
 
@@ -298,9 +298,9 @@ struct kflex_conn {
 	/* scratch of the client's program */
 	__u8 hdr[336] __attribute__((aligned(64)));
 	__u64 key[32];
-	__u64 addr[2];	 /* of the message: client's, server's */
-	__u8 win[2][64]; /* parse windows: likewise */
-	__u8 name[2][KFLEX_NAME + 8];
+	__u64 addr[2];		    /* of the message: client's, server's */
+	__u8 win[2][64];	    /* parse windows: likewise */
+	__u8 name[KFLEX_NAME + 16]; /* of the command at hand */
 	struct kflex_desc desc[KFLEX_MAX_PIPELINE];
 };
 

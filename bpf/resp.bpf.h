@@ -39,7 +39,7 @@ static __always_inline __u64 upper8(__u64 w)
 	return w - (lower >> 2);
 }
 
-/* Looks up c->name[0], `len` bytes long, zero-padded. Returns its flags, 0 if it is not on the list. */
+/* Looks up c->name, `len` bytes long, zero-padded. Returns its flags, 0 if it is not on the list. */
 __noinline int command_flags(struct kflex_conn *c)
 {
 	struct kflex_command name;
@@ -48,10 +48,11 @@ __noinline int command_flags(struct kflex_conn *c)
 
 	if (!c)
 		return 0;
-	from = (__u64 *)c->name[0];
+	from = (__u64 *)c->name;
 	to[0] = upper8(from[0]);
 	to[1] = upper8(from[1]);
 	to[2] = upper8(from[2]);
+	to[3] = upper8(from[3]);
 	flags = bpf_map_lookup_elem(&commands, &name);
 	return flags ? *flags : 0;
 }
@@ -65,11 +66,11 @@ static __always_inline int request_bulk(struct feed *f, struct kflex_parser *p)
 
 	p->argn++;
 	if (p->argn == 1) {
-		if (num == 0 || num >= KFLEX_NAME || f->pos + num > f->len)
+		if (num == 0 || num >= 24 || f->pos + num > f->len)
 			return RESP_BAD;
-		__builtin_memset(c->name[0], 0, sizeof(c->name[0]));
+		__builtin_memset(c->name, 0, sizeof(c->name));
 		BOUND(num, 31);
-		if (bpf_probe_read_kernel(c->name[0], num, (void *)(f->addr + f->pos)))
+		if (bpf_probe_read_kernel(c->name, num, (void *)(f->addr + f->pos)))
 			return RESP_BAD;
 		p->cmd = command_flags(c);
 		if (!p->cmd)
@@ -91,7 +92,7 @@ static __always_inline int request_bulk(struct feed *f, struct kflex_parser *p)
 	}
 	if (p->argn != 2 || !(p->cmd & (KFLEX_CMD_SUB | KFLEX_CMD_ZERO)))
 		return 0;
-	if (num == 0 || num > 12 || f->pos + num > f->len)
+	if (num == 0 || num > 20 || f->pos + num > f->len)
 		return RESP_BAD;
 	if (p->cmd & KFLEX_CMD_ZERO) {
 		__u8 digit = 0;
@@ -102,14 +103,14 @@ static __always_inline int request_bulk(struct feed *f, struct kflex_parser *p)
 	}
 	/* "CLIENT" + "|" + subcommand: both fit, the containers on the list have at most 8 letters. */
 	for (at = 0; at < 9; at++)
-		if (!c->name[0][at])
+		if (!c->name[at])
 			break;
 	if (at > 8)
 		return RESP_BAD;
-	c->name[0][at & 15] = '|';
+	c->name[at & 15] = '|';
 	at = (at + 1) & 15;
-	BOUND(num, 15);
-	if (bpf_probe_read_kernel(&c->name[0][at], num, (void *)(f->addr + f->pos)))
+	BOUND(num, 31);
+	if (bpf_probe_read_kernel(&c->name[at], num, (void *)(f->addr + f->pos)))
 		return RESP_BAD;
 	return command_flags(c) ? 0 : RESP_BAD;
 }
@@ -291,15 +292,16 @@ __noinline __u32 fast_request(struct kflex_conn *c, __u64 addr, __u32 len)
 	if (argc < 1 || argc > 9)
 		return 0;
 	n = read_length(c, 5, &used);
-	if (n < 1 || n >= KFLEX_NAME)
+	if (n < 1 || n >= 24)
 		return 0;
 	pos = 5 + used;
 	if (pos + n + 2 > have)
 		return 0;
-	name = (__u64 *)c->name[0];
+	name = (__u64 *)c->name;
 	name[0] = head_of(*(__u64 *)&c->hdr[pos & 15], n);
 	name[1] = n > 8 ? head_of(*(__u64 *)&c->hdr[(pos & 15) + 8], n - 8) : 0;
 	name[2] = n > 16 ? head_of(*(__u64 *)&c->hdr[(pos & 15) + 16], n - 16) : 0;
+	name[3] = 0;
 	flags = command_flags(c);
 	if (flags & KFLEX_CMD_TABLE)
 		c->idle = 0;
