@@ -140,8 +140,12 @@ void kflex_drain(RedisModuleCtx *ctx, int writers_running)
 	}
 	STORE(ctl->tail, end);
 	ctl->pending = cut.keys;
+	K.mset = cut.argv;
+	K.mset_argc = cut.argc;
+	K.mset_at = 0;
 	if (cut.argc)
 		check_reply(RedisModule_Call(ctx, "MSET", "!v", cut.argv, cut.argc), &cut, cut.argc / 2);
+	K.mset = NULL;
 	K.applying = 0;
 	if (cut.refused) {
 		ctl->refused += cut.refused;

@@ -155,6 +155,8 @@ static int on_keyspace(RedisModuleCtx *ctx, int type, const char *event, RedisMo
 	if (!K.attached)
 		return REDISMODULE_OK;
 #ifndef KFLEX_BREAK_NO_INVALIDATE
+	if (K.mset && kflex_own_event(key, K.mset, K.mset_argc, &K.mset_at))
+		return REDISMODULE_OK;
 	name = RedisModule_StringPtrLen(key, &len);
 	kflex_invalidate(name, len);
 #else
@@ -285,7 +287,7 @@ static void on_info(RedisModuleInfoCtx *info, int crash)
 
 static int read_arguments(RedisModuleCtx *ctx, RedisModuleString **argv, int argc)
 {
-	K.drain_us = 1000;
+	K.drain_us = 500;
 	K.set_offload = 1;
 	for (int i = 0; i < argc; i += 2) {
 		const char *name = RedisModule_StringPtrLen(argv[i], NULL);

@@ -30,11 +30,13 @@ struct kflex_module {
 	uint64_t *ring;
 	size_t heap_bytes, bucket_bytes, ring_bytes;
 
-	int applying;	      /* a cut of ours is being applied: its own events are not news */
-	int recheck;	      /* the rules must be looked at before the gate may open again */
-	int queued_admin;     /* an administrative command went into a transaction */
-	int renamed;	      /* GET or SET does not answer to its name */
-	int monitor_possible; /* a MONITOR was seen and not yet found gone */
+	int applying;			/* a cut of ours is being applied: its own events are not news */
+	RedisModuleString *const *mset; /* keys and values of the MSET that is running, NULL: none */
+	size_t mset_argc, mset_at;	/* its length, and the key that the next event is expected for */
+	int recheck;			/* the rules must be looked at before the gate may open again */
+	int queued_admin;		/* an administrative command went into a transaction */
+	int renamed;			/* GET or SET does not answer to its name */
+	int monitor_possible;		/* a MONITOR was seen and not yet found gone */
 	int sleeps_since_check;
 	uint64_t sample_ns, armed_ns; /* of the iteration whose gate time is measured, 0: none */
 	uint32_t sweep;		      /* next bucket to look at for entries to reclaim */
@@ -65,6 +67,19 @@ static inline uint64_t now_ns(void)
 
 	clock_gettime(CLOCK_MONOTONIC, &t);
 	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+/* Is this the event of a key that our own MSET has just written? It comes key by key, with our very string. */
+static inline int kflex_own_event(const RedisModuleString *key, RedisModuleString *const *mset, size_t argc, size_t *at)
+{
+	/* A key that did not exist has two events, "new" and "set". */
+	for (size_t i = *at; i < argc && i <= *at + 2; i += 2) {
+		if (mset[i] == key) {
+			*at = i;
+			return 1;
+		}
+	}
+	return 0;
 }
 
 #define LOAD(x)	    __atomic_load_n(&(x), __ATOMIC_ACQUIRE)

@@ -18,7 +18,7 @@ import pytest
 import redis
 
 from kflex_repro.redis.resp import encode_command, encode_pipeline
-from tests.redis.harness import PLAIN_ONLY, Conn, Sut, eventually, have, offloaded_server, plain_server, rng
+from tests.redis.harness import Conn, Sut, eventually, have, offloaded_server, plain_server, rng
 
 pytestmark = pytest.mark.bpf
 
@@ -213,14 +213,6 @@ def test_a_client_over_the_unix_socket_sees_and_is_seen() -> None:
 # -- client libraries and system calls --
 
 
-LIBRARY_DEMOTED = pytest.mark.xfail(
-    not PLAIN_ONLY and int(redis.__version__.split(".")[0]) >= 8,
-    reason="redis-py 8 greets with CLIENT MAINT_NOTIFICATIONS, which is not on the allow-list",
-    strict=True,
-)
-
-
-@LIBRARY_DEMOTED
 def test_redis_py(sut: Sut) -> None:
     before = sut.served()
     client = redis.Redis(port=sut.port)
@@ -294,7 +286,6 @@ def test_redis_py_resp3(sut: Sut) -> None:
     client.close()
 
 
-@LIBRARY_DEMOTED
 def test_redis_py_asyncio(sut: Sut) -> None:
     import asyncio
 
