@@ -126,6 +126,8 @@ def stop(port: int | None, timeout: float, force: bool, dry_run: bool) -> None:
     _need_root()
     found = [s for s in session.attached() if port in (None, s.port)]
     if not found:
+        if not dry_run:
+            session.tidy()
         click.echo("nothing is attached" + (f" to port {port}" if port else ""))
     for one in found:
         if dry_run:

@@ -54,7 +54,6 @@ class Session:
         # Pins of another version of ours: stop() can take them away, nothing else is known about them.
         if "ctl" in self._maps and self._maps["ctl"].value_size == ctypes.sizeof(layout):
             self._ctl = layout.from_buffer(self._maps["ctl"].mmap())
-        self._links: dict[str, Link] = {}
 
     # --- what it is ----------------------------------------------------------------------------------------
 
@@ -190,10 +189,7 @@ class Session:
         """
         self._need_object()
         for name in (*_TRACING, _ENROL):
-            held = self._links.pop(name, None)
-            if held is not None:
-                held.unpin()
-                held.destroy()
+            fs.unpin(self.pin_dir / name)
 
     def resume(self) -> None:
         """Undo suspend()."""
@@ -212,11 +208,11 @@ class Session:
                 "no cgroup v2 is mounted", "/sys/fs/cgroup", "mount -t cgroup2 none /sys/fs/cgroup"
             )
         for name in (*_TRACING, _ENROL):
-            if name in self._links:
+            if (self.pin_dir / name).exists():
                 continue
-            made = programs[name].attach_cgroup(root) if name == _ENROL else programs[name].attach()
-            self._links[name] = made
-            made.pin(self.pin_dir / name)
+            # The pin alone holds it: whoever removes that takes the program off, also while we live.
+            with programs[name].attach_cgroup(root) if name == _ENROL else programs[name].attach() as made:
+                made.pin(self.pin_dir / name)
 
     def stop(self, timeout: float = 10.0, force: bool = False) -> None:
         """Take the offload off: all that the kernel accepted is in Redis, every reply read, nothing stays.
@@ -271,9 +267,6 @@ class Session:
     def _remove(self) -> None:
         """Everything out of the kernel. Works on whatever is left of a session."""
         programs: list[int] = []
-        for held in self._links.values():
-            held.destroy()
-        self._links.clear()
         for name in (*_TRACING, _ENROL, _UNREAD):
             fs.unpin(self.pin_dir / name)
         for name, map_name in _VERDICTS:
@@ -308,9 +301,6 @@ class Session:
         for opened in self._maps.values():
             opened.close()
         self._maps.clear()
-        for held in self._links.values():
-            held.destroy()
-        self._links.clear()
         if self._object is not None:
             self._object.close()
             self._object = None
@@ -513,6 +503,14 @@ def attached() -> list[Session]:
         if path.name != _MOUNTED and path.is_dir():
             found.append(Session(path, _btf()))
     return found
+
+
+def tidy() -> None:
+    """Remove what a start that was killed at once leaves: an empty directory, a mount that nobody uses."""
+    root = _root()
+    if root is not None and root.exists():
+        with _locked(root):
+            _leave_root(root)
 
 
 def find(port: int) -> Session | None:

@@ -423,6 +423,7 @@ def test_a_stop_of_a_stopped_server_does_not_hang(server: Any) -> None:
         again = offload.find(server.port)
         assert again is not None
         again.stop()
+        session.close()
         for number in range(50):
             assert conn.do("GET", f"k{number}") == b"%d" % number
 

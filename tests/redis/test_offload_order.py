@@ -293,7 +293,8 @@ def test_every_command_of_the_server_is_reviewed(sut: Sut, conn: Conn) -> None:
     from kflex_repro.offload import commands
 
     bits = {
-        f"KFLEX_CMD_{name}": 1 << at for at, name in enumerate(("OK", "MULTI", "END", "SUB", "ZERO", "SHORT"))
+        f"KFLEX_CMD_{name}": 1 << at
+        for at, name in enumerate(("OK", "MULTI", "END", "SUB", "ZERO", "SHORT", "TABLE"))
     }
     allowed = {name.partition("|")[0].lower() for name in commands.flags(bits)}
     left_out = {name.lower() for name in commands.demoting()}

@@ -17,8 +17,16 @@ def run(*command: str, nobody: bool = False) -> subprocess.CompletedProcess[str]
         if nobody and os.geteuid() == 0
         else []
     )
+    # A make above us must not speak through its environment.
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
     return subprocess.run(
-        [*drop, *command], check=False, capture_output=True, text=True, cwd=TOP, stdin=subprocess.DEVNULL
+        [*drop, *command],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=TOP,
+        stdin=subprocess.DEVNULL,
+        env=env,
     )
 
 
