@@ -115,7 +115,6 @@ static void on_filter(RedisModuleCommandFilterCtx *f)
 		/* Must not be: a command is about to run while SETs are accepted. */
 		K.ctl->open_commands++;
 		kflex_close_gate();
-		kflex_drain(K.ctx, 0);
 	}
 #endif
 	argc = RedisModule_CommandFilterArgsCount(f);
@@ -214,7 +213,8 @@ static void on_shutdown(RedisModuleCtx *ctx, RedisModuleEvent e, uint64_t sub, v
 	(void)e;
 	(void)sub;
 	(void)data;
-	kflex_detach(ctx, KFLEX_UNLOADED);
+	/* The mapping stays: the link thread may be looking at it. */
+	kflex_quiet(ctx, KFLEX_UNLOADED);
 }
 
 static uint64_t total(enum kflex_stat what)

@@ -106,6 +106,7 @@ int kflex_is_admin(const char *name, size_t len, const char *sub, size_t sublen)
 /* link.c */
 int kflex_link_start(RedisModuleCtx *ctx);
 void kflex_link_stop(void);
+void kflex_quiet(RedisModuleCtx *ctx, unsigned why);
 void kflex_detach(RedisModuleCtx *ctx, unsigned why);
 
 #endif

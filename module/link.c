@@ -95,8 +95,8 @@ fail:
 	return -EINVAL;
 }
 
-/* GIL held: brings everything into Redis, then lets go of the table. */
-void kflex_detach(RedisModuleCtx *ctx, unsigned why)
+/* GIL held: nothing is served any more, and everything that was accepted is in Redis. */
+void kflex_quiet(RedisModuleCtx *ctx, unsigned why)
 {
 	if (!K.attached)
 		return;
@@ -104,6 +104,14 @@ void kflex_detach(RedisModuleCtx *ctx, unsigned why)
 	STORE(K.ctl->allow, 0);
 	kflex_close_gate();
 	kflex_drain(ctx, 0);
+}
+
+/* GIL held, by the link thread or without one: lets go of the table too. */
+void kflex_detach(RedisModuleCtx *ctx, unsigned why)
+{
+	if (!K.attached)
+		return;
+	kflex_quiet(ctx, why);
 	K.attached = 0;
 	RedisModule_Log(ctx, "notice", "kflex: detached after %llu keys in %llu cuts",
 			(unsigned long long)K.ctl->drained, (unsigned long long)K.ctl->cuts);
