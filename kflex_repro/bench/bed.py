@@ -42,6 +42,8 @@ class Session(Protocol):
 
     def resume(self) -> None: ...
 
+    def reset_max(self) -> None: ...
+
     def stop(self, timeout: float = 10.0) -> None: ...
 
 
@@ -86,6 +88,7 @@ class Bed:
         """Put the hooks on; connections made from now on are enrolled."""
         if not self._on:
             self.session.resume()
+            self.session.reset_max()
             self._on = True
 
     def offload_off(self) -> None:
@@ -104,7 +107,7 @@ class Bed:
         return self.session.stats().get("passed", 0)
 
     def oldest_set_ms(self) -> float | None:
-        """How long an accepted SET ever waited until Redis had it, in ms.
+        """How long an accepted SET waited at most until Redis had it since offload_on(), in ms.
 
         None where the module does not tell.
         """

@@ -32,6 +32,9 @@ class FakeSession:
     def resume(self) -> None:
         self.calls.append("resume")
 
+    def reset_max(self) -> None:
+        pass
+
     def stop(self, timeout: float = 10.0) -> None:
         self.calls.append("stop")
 
