@@ -39,7 +39,7 @@ static __always_inline __u64 upper8(__u64 w)
 	return w - (lower >> 2);
 }
 
-/* Looks up c->name, `len` bytes long, zero-padded. Returns its flags, 0 if it is not on the list. */
+/* Looks up c->name, zero-padded. Returns its flags, 0 if it is not on the list. */
 __noinline int command_flags(struct kflex_conn *c)
 {
 	struct kflex_command name;

@@ -264,6 +264,12 @@ class Session:
                 return name.removeprefix("@kflex-")
         return ""
 
+    def _discard(self) -> None:
+        """Take off a session that nobody is served by any more; the lock of start() and stop() is held."""
+        self._disable(1.0)
+        _synchronize_rcu()
+        self._remove()
+
     def _remove(self) -> None:
         """Everything out of the kernel. Works on whatever is left of a session."""
         programs: list[int] = []
@@ -281,13 +287,7 @@ class Session:
                         with contextlib.suppress(KflexError):
                             socks.delete(struct.pack("I", i))
             fs.unpin(path)
-        self._ctl = None
-        for opened in self._maps.values():
-            opened.close()
-        self._maps.clear()
-        if self._object is not None:
-            self._object.close()
-            self._object = None
+        self.close()
         if self.pin_dir.exists():
             for path in self.pin_dir.iterdir():
                 fs.unpin(path)
@@ -348,16 +348,12 @@ def start(
             else:
                 session.close()
         for session in stale:
-            session._disable(1.0)
-            _synchronize_rcu()
-            session._remove()
+            session._discard()
         if same and (found.attached or same[0].mode == mode == "store"):
             return same[0]
         if same:
             # Pins without a module behind them: a start that was killed half-way.
-            same[0]._disable(1.0)
-            _synchronize_rcu()
-            same[0]._remove()
+            same[0]._discard()
             root = _enter_root()
         if not root.exists():
             root = _enter_root()
@@ -498,11 +494,11 @@ def attached() -> list[Session]:
     root = _root()
     if root is None or not root.exists():
         return []
-    found = []
-    for path in sorted(root.iterdir()):
-        if path.name != _MOUNTED and path.is_dir():
-            found.append(Session(path, _btf()))
-    return found
+    places = [path for path in sorted(root.iterdir()) if path.name != _MOUNTED and path.is_dir()]
+    if not places:
+        return []
+    layouts = _btf()
+    return [Session(path, layouts) for path in places]
 
 
 def tidy() -> None:
