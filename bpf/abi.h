@@ -14,7 +14,7 @@
 
 enum kflex_abi_const {
 	KFLEX_MAGIC = 0x6b666c78, /* "kflx" */
-	KFLEX_ABI = 1,
+	KFLEX_ABI = 2,
 	KFLEX_MAX_CPUS = 256,
 	KFLEX_MAX_CONNS = 16384,
 	KFLEX_MAX_KEY = 250,
@@ -27,8 +27,11 @@ enum kflex_abi_const {
 	KFLEX_SLOTS = 6,
 	KFLEX_CLASSES = 11,
 	KFLEX_ENTRY_HEAD = 48,
-	KFLEX_NAME = 32,  /* "CONTAINER|SUBCOMMAND", zero-padded */
-	KFLEX_PARK = 512, /* messages in a row without a GET or SET after which a connection is left alone */
+	KFLEX_NAME = 32, /* "CONTAINER|SUBCOMMAND", zero-padded */
+	KFLEX_MAX_USERS = 64,
+	KFLEX_USER_NAME = 64, /* longest name of a user that can be served, zero-padded */
+	KFLEX_USER_NONE = 63, /* the slot that no user has: not authenticated, or a user that is not known */
+	KFLEX_PARK = 512,     /* messages in a row without a GET or SET after which a connection is left alone */
 };
 
 /* Counters, per CPU (struct kflex_cpu.stat). served_* and passed count requests, why_* messages. */
@@ -51,6 +54,7 @@ enum kflex_stat {
 	KFLEX_STAT_WHY_NOMEM,	/* the kernel had no page for the reply */
 	KFLEX_STAT_WHY_BACKLOG, /* too many unread injected replies */
 	KFLEX_STAT_WHY_CLOSING, /* TCP is not ESTABLISHED */
+	KFLEX_STAT_WHY_USER,	/* the connection's user may not GET or SET every key */
 	KFLEX_STAT_WHY_DEMOTED, /* messages on demoted connections */
 	KFLEX_STAT_DEMOTED,	/* connections demoted */
 	KFLEX_STAT_PAIRED,	/* connections paired */
@@ -104,9 +108,10 @@ enum kflex_disable {
 enum kflex_state {
 	KFLEX_FREE,
 	KFLEX_CLEAN,   /* same as in Redis */
-	KFLEX_PENDING, /* copied into a cut that is not in Redis (later: not in the AOF) yet */
+	KFLEX_PENDING, /* in a cut that is not known to be in Redis, and in its AOF, yet */
 	KFLEX_DIRTY,   /* accepted by the kernel, in no cut yet */
 	KFLEX_ORPHAN,  /* unlinked by a newer SET while a cut was due: the drainer applies and frees it */
+	KFLEX_DROPPED, /* unlinked by Redis while PENDING: kept for recovery until its cut is confirmed */
 };
 
 /* A value and its key. At least two cells; the key follows the head, padded to 8 bytes, then the value. */
@@ -177,6 +182,7 @@ struct kflex_ctl {
 	__u64 oldest_ns;			 /* CLOCK_MONOTONIC of the first SET since the last cut */
 
 	__u64 tail __attribute__((aligned(64))); /* dirty ring: first position not in a cut */
+	__u64 journal_head;			 /* first position whose cut is not known to be written */
 
 	__u64 bump __attribute__((aligned(64))); /* next cell never used */
 	__u64 free[KFLEX_CLASSES];		 /* per class: ABA count << 32 | first free cell */
@@ -198,10 +204,22 @@ struct kflex_ctl {
 	__u64 evicted;	/* clean entries reclaimed by the module */
 	__u64 sleeps;	/* iterations of the event loop */
 
-	/* Crash recovery (its fields are here so that adding it needs no other layout). */
-	__u64 journal_cut __attribute__((aligned(64))); /* newest cut known to be in the AOF */
-	__u64 journal_head;
-	__u8 dataset[64]; /* identity of the dataset the table belongs to */
+	/* Crash recovery. */
+	__u64 table_id __attribute__((aligned(64))); /* random; the name of the table's markers in the AOF */
+	__u64 journal_cut;			     /* newest cut known to be in the AOF */
+	__u64 last_cut;				     /* newest cut applied */
+	__u64 aof_ino;				     /* of the file that the server appends to, 0: no AOF */
+	__u32 aof_fd;				     /* its number in the server */
+	__u32 durable;				     /* 1: with AOF, nothing acknowledged may be lost */
+	__u64 death_ino;			     /* of the file behind aof_fd when the server ended, 0: not seen */
+	__u64 death_size;			     /* its size in bytes then */
+	__u64 recovered;			     /* entries that a later server took over; 0: none yet */
+
+	/* Users: slot 0 is "default". A name keeps its slot as long as the table lives. */
+	__u32 user_allow[KFLEX_MAX_USERS] __attribute__((aligned(64))); /* enum kflex_allow bits, on every key */
+	__u32 default_open;						/* new connections are the default user's */
+	__u32 users;
+	char user[KFLEX_MAX_USERS][KFLEX_USER_NAME];
 
 	struct kflex_cpu cpu[KFLEX_MAX_CPUS] __attribute__((aligned(64)));
 };
@@ -209,7 +227,7 @@ struct kflex_ctl {
 #define KFLEX_OWNER_MODULE 0xffffffffu
 
 /* What the toolkit and the module say to each other over AF_UNIX (one message each way; fds ride along). */
-enum kflex_verb { KFLEX_ATTACH = 1, KFLEX_DETACH = 2, KFLEX_QUERY = 3 };
+enum kflex_verb { KFLEX_ATTACH = 1, KFLEX_DETACH = 2, KFLEX_QUERY = 3, KFLEX_ADOPT = 4 };
 struct kflex_msg {
 	__u32 magic;
 	__u32 abi;
@@ -219,7 +237,9 @@ struct kflex_msg {
 	__u32 sizeof_entry;
 	__u32 sizeof_bucket;
 	__u32 attached;
-	char text[224];
+	__u64 table_size; /* reply: the setting kflex.table-size, bytes, 0: auto */
+	__u64 rsvd;
+	char text[208];
 };
 
 /* ---- private to the BPF programs from here on; Python's status reads some of it ---- */
@@ -279,6 +299,10 @@ struct kflex_conn {
 	__u32 plan_sets;   /* of them SETs */
 	__u32 plan_reply;  /* bytes of all their replies */
 	__u32 plan_active; /* counted in as a writer */
+	__u32 user;	   /* slot of struct kflex_ctl.user */
+	__u32 auth_at;	   /* ordinal of the AUTH or HELLO AUTH that waits for its reply, 0: none */
+	__u32 auth_user;   /* slot that it asks for */
+	__u32 adopted;
 	__u64 served;
 	__u64 passed; /* messages */
 	struct kflex_parser req;
@@ -312,6 +336,7 @@ enum kflex_cmd_flag {
 	KFLEX_CMD_ZERO = 16,  /* only with the argument 0 (SELECT) */
 	KFLEX_CMD_SHORT = 32, /* only with at most one argument (HELLO) */
 	KFLEX_CMD_TABLE = 64, /* GET, SET */
+	KFLEX_CMD_AUTH = 128, /* AUTH, HELLO: may change the user */
 };
 
 #endif

@@ -244,6 +244,7 @@ static void on_info(RedisModuleInfoCtx *info, int crash)
 		[KFLEX_STAT_WHY_NOMEM] = "passed_nomem",
 		[KFLEX_STAT_WHY_BACKLOG] = "passed_backlog",
 		[KFLEX_STAT_WHY_CLOSING] = "passed_closing",
+		[KFLEX_STAT_WHY_USER] = "passed_user",
 		[KFLEX_STAT_WHY_DEMOTED] = "passed_demoted",
 	};
 

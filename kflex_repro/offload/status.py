@@ -29,6 +29,7 @@ WHY = {
     "why_nomem": "no page for the reply",
     "why_backlog": "too many unread replies",
     "why_closing": "connection closing",
+    "why_user": "its user may not GET and SET every key",
     "why_demoted": "demoted connection",
 }
 
