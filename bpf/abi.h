@@ -90,6 +90,7 @@ enum kflex_rule {
 	KFLEX_RULE_AOF_ERROR,	/* failed AOF write */
 	KFLEX_RULE_TRACKING,	/* a client-side-caching client */
 	KFLEX_RULE_SET_SETTING, /* switched off by the module's own setting */
+	KFLEX_RULE_JOURNAL,	/* the AOF does not name this table yet: SETs could not be recovered */
 	KFLEX_RULE_COUNT,
 };
 
@@ -190,7 +191,6 @@ struct kflex_ctl {
 	/* Written by the module. Times in ns. */
 	__u64 drained __attribute__((aligned(64)));
 	__u64 cuts;
-	__u64 pending;
 	__u64 populated;
 	__u64 invalidated;
 	__u64 epoch_bumps;

@@ -65,9 +65,35 @@ static __always_inline void end_lease(struct task_struct *p)
 	WRITE_ONCE(k->disabled, KFLEX_SERVER_GONE);
 }
 
+/*
+ * How long the AOF was when its server ended: recovery may only follow what that server itself wrote. Runs before the
+ * task's files are closed (do_exit).
+ */
+static __always_inline void note_death(struct task_struct *p)
+{
+	struct kflex_ctl *k = get_ctl();
+	struct file **fds, *f = NULL;
+	struct inode *inode;
+	__u64 fd;
+
+	if (!k || p->pid != k->tid || !k->aof_ino)
+		return;
+	fd = k->aof_fd;
+	if (fd >= BPF_CORE_READ(p, files, fdt, max_fds))
+		return;
+	fds = BPF_CORE_READ(p, files, fdt, fd);
+	bpf_probe_read_kernel(&f, sizeof(f), &fds[fd]);
+	if (!f)
+		return;
+	inode = BPF_CORE_READ(f, f_inode);
+	k->death_size = BPF_CORE_READ(inode, i_size);
+	k->death_ino = BPF_CORE_READ(inode, i_ino);
+}
+
 SEC("tp_btf/sched_process_exit")
 int BPF_PROG(kflex_exit, struct task_struct *p)
 {
+	note_death(p);
 	end_lease(p);
 	return 0;
 }

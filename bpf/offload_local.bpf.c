@@ -320,7 +320,8 @@ static __always_inline int enter_gate(struct kflex_conn *c)
 	if (READ_ONCE(k->disabled) || !(READ_ONCE(k->allow) & KFLEX_ALLOW_SET))
 		goto out;
 	why = KFLEX_STAT_WHY_FULL;
-	if (!store && READ_ONCE(k->head) - READ_ONCE(k->tail) > ring_mask / 2)
+	/* Positions whose cut is not written are the journal: recovery needs them. */
+	if (!store && READ_ONCE(k->head) - READ_ONCE(k->journal_head) > ring_mask / 2)
 		goto out;
 	return 0;
 out:

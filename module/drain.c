@@ -2,9 +2,9 @@
 /*
  * Bringing the kernel's SETs into Redis, in cuts.
  *
- * A cut is all SETs of one generation: what the kernel had accepted at one moment. It is applied as one MSET, so that
- * the AOF and replicas only ever hold states that existed. Entries of a cut are PENDING from the copy until the MSET
- * has run; a SET that comes meanwhile makes them DIRTY again, for the next cut.
+ * A cut is all SETs of one generation: what the kernel had accepted at one moment. It is applied as one MULTI/EXEC, so
+ * that the AOF and replicas only ever hold states that existed. Entries of a cut are PENDING from the copy until the cut
+ * is confirmed (journal.c); a SET that comes meanwhile makes them DIRTY again, for the next cut.
  */
 #include "kflex.h"
 
@@ -13,14 +13,16 @@
 #include <unistd.h>
 
 /* Waits until no program is between accepting a SET and having it in the table. */
-static void wait_for_writers(void)
+void kflex_wait_for_writers(struct kflex_ctl *ctl)
 {
-#ifndef KFLEX_BREAK_NO_WAIT
+#ifdef KFLEX_BREAK_NO_WAIT
+	(void)ctl;
+#else
 	uint64_t began = 0;
 
 	__atomic_thread_fence(__ATOMIC_SEQ_CST);
-	for (uint32_t cpu = 0; cpu < K.ctl->cpus; cpu++) {
-		for (unsigned spins = 0; LOAD(K.ctl->cpu[cpu].active); spins++) {
+	for (uint32_t cpu = 0; cpu < ctl->cpus; cpu++) {
+		for (unsigned spins = 0; LOAD(ctl->cpu[cpu].active); spins++) {
 			if (!began)
 				began = now_ns();
 			/* A program may have been preempted, by us even: yielding lets it finish. */
@@ -33,8 +35,8 @@ static void wait_for_writers(void)
 	if (began) {
 		uint64_t took = now_ns() - began;
 
-		if (took > K.ctl->wait_max)
-			K.ctl->wait_max = took;
+		if (took > ctl->wait_max)
+			ctl->wait_max = took;
 	}
 #endif
 }
@@ -43,7 +45,7 @@ void kflex_close_gate(void)
 {
 	STORE(K.ctl->armed, 0);
 	STORE(K.ctl->gate, 0);
-	wait_for_writers();
+	kflex_wait_for_writers(K.ctl);
 }
 
 struct cut {
@@ -95,51 +97,44 @@ void kflex_drain(RedisModuleCtx *ctx, int writers_running)
 {
 	struct kflex_ctl *ctl = K.ctl;
 	struct cut cut = {0};
-	uint32_t *cells, *orphans;
-	uint64_t end, pos, oldest, age;
-	size_t n = 0, norphans = 0;
+	uint64_t end, pos, oldest, age, number;
+	uint32_t *orphans;
+	size_t norphans = 0;
 
 	if (LOAD(ctl->head) == ctl->tail)
 		return;
 	if (writers_running) {
 		/* Writers wait only for this flip, not for the copy: an entry of an older generation is not overwritten. */
 		STORE(ctl->hold, 1);
-		wait_for_writers();
+		kflex_wait_for_writers(ctl);
 	}
 	end = LOAD(ctl->head);
 	oldest = ctl->oldest_ns;
 	ctl->oldest_ns = now_ns(); /* no SET of the next generation is older than this */
-	__atomic_fetch_add(&ctl->gen, 1, __ATOMIC_SEQ_CST);
+	number = __atomic_fetch_add(&ctl->gen, 1, __ATOMIC_SEQ_CST);
 	if (writers_running)
 		STORE(ctl->hold, 0);
 
 	K.applying = 1;
 	cut.argv = RedisModule_Alloc((end - ctl->tail) * 2 * sizeof(*cut.argv));
-	cells = RedisModule_Alloc((end - ctl->tail) * 2 * sizeof(*cells));
-	orphans = cells + (end - ctl->tail);
+	orphans = RedisModule_Alloc((end - ctl->tail) * sizeof(*orphans));
 	for (pos = ctl->tail; pos < end; pos++) {
-		uint64_t record = LOAD(K.ring[pos & (ctl->ring - 1)]);
-		uint32_t state, dirty = KFLEX_DIRTY;
+		uint32_t state, dirty = KFLEX_DIRTY, cell = kflex_cell_of(pos);
 		struct kflex_entry *e;
 
-		if ((uint32_t)(record >> 32) != (uint32_t)pos)
+		if (!cell)
 			continue;
-		e = kflex_entry_at((uint32_t)record);
+		e = kflex_entry_at(cell);
 		state = LOAD(e->state);
-		/* Replaced in the same generation, freed and perhaps used anew: another record speaks for it. */
-		if (e->pos != (uint32_t)pos || (state != KFLEX_DIRTY && state != KFLEX_ORPHAN))
+		if (state != KFLEX_DIRTY && state != KFLEX_ORPHAN)
 			continue;
 		/* A SET of the next generation does not touch it before it is PENDING. */
 		add(ctx, &cut, e);
 		if (state == KFLEX_ORPHAN || !__atomic_compare_exchange_n(&e->state, &dirty, KFLEX_PENDING, 0,
-									  __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
-			orphans[norphans++] = (uint32_t)record;
-		} else {
-			cells[n++] = (uint32_t)record;
-		}
+									  __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
+			orphans[norphans++] = cell;
 	}
 	STORE(ctl->tail, end);
-	ctl->pending = cut.keys;
 	K.mset = cut.argv;
 	K.mset_argc = cut.argc;
 	K.mset_at = 0;
@@ -147,6 +142,13 @@ void kflex_drain(RedisModuleCtx *ctx, int writers_running)
 		check_reply(RedisModule_Call(ctx, "MSET", "!v", cut.argv, cut.argc), &cut, cut.argc / 2);
 	K.mset = NULL;
 	K.applying = 0;
+	ctl->last_cut = number;
+	if (ctl->durable)
+		kflex_journal_mark(ctx);
+#ifndef KFLEX_BREAK_NO_JOURNAL
+	else
+#endif
+		kflex_journal_confirm();
 	if (cut.refused) {
 		ctl->refused += cut.refused;
 		RedisModule_Log(ctx, "warning", "kflex: Redis refused %zu keys that the kernel had accepted",
@@ -154,15 +156,9 @@ void kflex_drain(RedisModuleCtx *ctx, int writers_running)
 	}
 	for (size_t i = 0; i < cut.argc; i++)
 		RedisModule_FreeString(NULL, cut.argv[i]);
-	for (size_t i = 0; i < n; i++) {
-		uint32_t pending = KFLEX_PENDING;
-
-		__atomic_compare_exchange_n(&kflex_entry_at(cells[i])->state, &pending, KFLEX_CLEAN, 0,
-					    __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
-	}
+	/* A newer SET has their keys' place, and is in the next cut. */
 	for (size_t i = 0; i < norphans; i++)
 		kflex_cell_free(orphans[i]);
-	ctl->pending = 0;
 	ctl->drained += cut.keys;
 	ctl->cuts++;
 	age = now_ns() - oldest;
@@ -170,5 +166,5 @@ void kflex_drain(RedisModuleCtx *ctx, int writers_running)
 	if (age > ctl->dirty_age_max)
 		ctl->dirty_age_max = age;
 	RedisModule_Free(cut.argv);
-	RedisModule_Free(cells);
+	RedisModule_Free(orphans);
 }

@@ -58,6 +58,7 @@ static void before_sleep(RedisModuleCtx *ctx)
 		populate(ctx);
 	if (K.sample_ns)
 		K.armed_ns = now_ns();
+	K.slept = 1;
 #ifdef KFLEX_BREAK_EARLY_GATE
 	STORE(K.ctl->gate, K.ctl->allow ? 1 : 0);
 #else
@@ -82,6 +83,7 @@ static void after_sleep(RedisModuleCtx *ctx)
 		K.armed_ns = 0;
 	}
 	kflex_close_gate();
+	kflex_journal_check(ctx);
 #ifdef KFLEX_BREAK_NO_DRAIN
 	(void)ctx;
 #else
@@ -93,6 +95,11 @@ static void on_event_loop(RedisModuleCtx *ctx, RedisModuleEvent e, uint64_t sub,
 {
 	(void)e;
 	(void)data;
+	/* Before the first command of any client. */
+	if (!R.done && sub == REDISMODULE_SUBEVENT_EVENTLOOP_BEFORE_SLEEP)
+		kflex_recover(ctx);
+	if (R.waiting && sub == REDISMODULE_SUBEVENT_EVENTLOOP_AFTER_SLEEP)
+		kflex_recover_written(ctx);
 	if (!K.attached)
 		return;
 	if (sub == REDISMODULE_SUBEVENT_EVENTLOOP_BEFORE_SLEEP)
@@ -148,9 +155,9 @@ static int on_keyspace(RedisModuleCtx *ctx, int type, const char *event, RedisMo
 	const char *name;
 	size_t len;
 
-	(void)ctx;
 	(void)type;
-	(void)event;
+	if (!R.done)
+		kflex_recover_marker(ctx, event, key);
 	if (!K.attached)
 		return REDISMODULE_OK;
 #ifndef KFLEX_BREAK_NO_INVALIDATE
@@ -215,6 +222,17 @@ static void on_shutdown(RedisModuleCtx *ctx, RedisModuleEvent e, uint64_t sub, v
 	(void)data;
 	/* The mapping stays: the link thread may be looking at it. */
 	kflex_quiet(ctx, KFLEX_UNLOADED);
+	/* Redis has written its AOF before it says so. */
+	if (K.attached && K.ctl->durable && kflex_aof_written(ctx))
+		kflex_journal_confirm();
+}
+
+static void on_fork(RedisModuleCtx *ctx, RedisModuleEvent e, uint64_t sub, void *data)
+{
+	(void)e;
+	(void)data;
+	if (K.attached && sub == REDISMODULE_SUBEVENT_FORK_CHILD_BORN)
+		kflex_journal_forked(ctx);
 }
 
 static uint64_t total(enum kflex_stat what)
@@ -251,6 +269,9 @@ static void on_info(RedisModuleInfoCtx *info, int crash)
 	RedisModule_InfoAddSection(info, "");
 	RedisModule_InfoAddFieldULongLong(info, "abi", KFLEX_ABI);
 	RedisModule_InfoAddFieldLongLong(info, "attached", K.attached);
+	RedisModule_InfoAddFieldULongLong(info, "recovered_keys", R.applied);
+	RedisModule_InfoAddFieldULongLong(info, "recovery_kept", R.kept);
+	RedisModule_InfoAddFieldCString(info, "recovery", R.why);
 	/* A crash report, or a forked child: the mapping may not be there. */
 	if (crash || !K.attached || getpid() != K.pid)
 		return;
@@ -266,7 +287,10 @@ static void on_info(RedisModuleInfoCtx *info, int crash)
 	RedisModule_InfoAddFieldULongLong(info, "connections_paired", total(KFLEX_STAT_PAIRED));
 	RedisModule_InfoAddFieldULongLong(info, "lost_replies", total(KFLEX_STAT_LOST));
 	RedisModule_InfoAddFieldULongLong(info, "dirty", LOAD(K.ctl->head) - K.ctl->tail);
-	RedisModule_InfoAddFieldULongLong(info, "pending", K.ctl->pending);
+	RedisModule_InfoAddFieldULongLong(info, "pending", K.ctl->tail - K.ctl->journal_head);
+	RedisModule_InfoAddFieldULongLong(info, "durable", K.ctl->durable);
+	RedisModule_InfoAddFieldULongLong(info, "last_cut", K.ctl->last_cut);
+	RedisModule_InfoAddFieldULongLong(info, "last_cut_written", K.ctl->journal_cut);
 	RedisModule_InfoAddFieldULongLong(info, "drained", K.ctl->drained);
 	RedisModule_InfoAddFieldULongLong(info, "cuts", K.ctl->cuts);
 	RedisModule_InfoAddFieldULongLong(info, "refused", K.ctl->refused);
@@ -337,6 +361,7 @@ int RedisModule_OnLoad(RedisModuleCtx *ctx, RedisModuleString **argv, int argc)
 	for (unsigned i = 0; i < sizeof(change) / sizeof(*change); i++)
 		RedisModule_SubscribeToServerEvent(ctx, *change[i], on_change);
 	RedisModule_SubscribeToServerEvent(ctx, RedisModuleEvent_CronLoop, on_cron);
+	RedisModule_SubscribeToServerEvent(ctx, RedisModuleEvent_ForkChild, on_fork);
 	RedisModule_SubscribeToServerEvent(ctx, RedisModuleEvent_Shutdown, on_shutdown);
 	RedisModule_SubscribeToKeyspaceEvents(
 		ctx, REDISMODULE_NOTIFY_ALL | REDISMODULE_NOTIFY_NEW | REDISMODULE_NOTIFY_MODULE, on_keyspace);

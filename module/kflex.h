@@ -33,6 +33,9 @@ struct kflex_module {
 	int applying;			/* a cut of ours is being applied: its own events are not news */
 	RedisModuleString *const *mset; /* keys and values of the MSET that is running, NULL: none */
 	size_t mset_argc, mset_at;	/* its length, and the key that the next event is expected for */
+	int slept;			/* beforeSleep has run since the journal was last checked */
+	int unmarked;			/* the AOF does not name this table yet */
+	uint64_t checked_ns;		/* when the journal was last checked */
 	int recheck;			/* the rules must be looked at before the gate may open again */
 	int queued_admin;		/* an administrative command went into a transaction */
 	int renamed;			/* GET or SET does not answer to its name */
@@ -82,12 +85,28 @@ static inline int kflex_own_event(const RedisModuleString *key, RedisModuleStrin
 	return 0;
 }
 
+/* What recovery knows while it waits for the dataset, and until its own writes are written. */
+struct kflex_recovery {
+	int done;		   /* nothing more to look for */
+	uint64_t marker_id;	   /* table that the last marker in the AOF names, 0: none met */
+	uint64_t marker_cut;	   /* its number */
+	unsigned tables;	   /* dead tables found that held something */
+	uint64_t applied;	   /* entries brought in */
+	uint64_t kept;		   /* entries that are not this dataset's, left for `offload recover` */
+	char why[160];		   /* the last reason for leaving them */
+	struct kflex_ctl *waiting; /* table whose entries are applied and not yet known to be written */
+};
+
+#define KFLEX_MARKER_PREFIX "\0kflex\0"
+#define KFLEX_MARKER	    23 /* bytes of a marker's name: the prefix and 16 hexadecimal digits */
+
 #define LOAD(x)	    __atomic_load_n(&(x), __ATOMIC_ACQUIRE)
 #define STORE(x, v) __atomic_store_n(&(x), (v), __ATOMIC_RELEASE)
 
 /* table.c */
 struct kflex_entry *kflex_entry_at(uint32_t cell);
 void kflex_table_reset(void);
+uint32_t kflex_cell_of(uint64_t pos);
 void kflex_invalidate(const char *key, size_t len);
 int kflex_insert_clean(const char *key, size_t klen, const char *value, size_t vlen);
 void kflex_cell_free(uint32_t cell);
@@ -95,12 +114,29 @@ void kflex_sweep(uint32_t buckets);
 
 /* drain.c */
 void kflex_close_gate(void);
+void kflex_wait_for_writers(struct kflex_ctl *ctl);
 void kflex_drain(RedisModuleCtx *ctx, int writers_running);
+
+/* journal.c */
+void kflex_marker_name(uint64_t table_id, char name[KFLEX_MARKER + 1]);
+void kflex_journal_mark(RedisModuleCtx *ctx);
+void kflex_journal_confirm(void);
+void kflex_journal_check(RedisModuleCtx *ctx);
+void kflex_journal_durable(RedisModuleCtx *ctx, int durable);
+void kflex_journal_forked(RedisModuleCtx *ctx);
+int kflex_aof_written(RedisModuleCtx *ctx);
+
+/* recover.c */
+extern struct kflex_recovery R;
+void kflex_recover_marker(RedisModuleCtx *ctx, const char *event, RedisModuleString *key);
+void kflex_recover(RedisModuleCtx *ctx);
+void kflex_recover_written(RedisModuleCtx *ctx);
 
 /* rules.c */
 void kflex_rules_attach(RedisModuleCtx *ctx);
 void kflex_rules_check(RedisModuleCtx *ctx);
 void kflex_rules_add(unsigned rule);
+void kflex_rules_remove(unsigned rule);
 int kflex_is_admin(const char *name, size_t len, const char *sub, size_t sublen);
 
 /* link.c */

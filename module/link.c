@@ -82,6 +82,8 @@ static int attach(const int fds[NFDS], char *text, size_t size)
 	K.ctl->epoch++;
 	K.ctl->oldest_ns = now_ns();
 	K.sample_ns = K.armed_ns = 0;
+	K.slept = K.unmarked = 0;
+	K.ctl->durable = 0;
 	K.nremembered = 0;
 	kflex_rules_attach(K.ctx);
 	kflex_rules_check(K.ctx);
@@ -139,6 +141,31 @@ static int peer_allowed(int fd)
 	return peer.uid == 0 || peer.uid == geteuid();
 }
 
+/*
+ * Lets go of the table when the AOF holds all that was accepted: until then a killed server finds it there. Redis writes
+ * at its next beforeSleep, at the latest 1/hz from now; not while a disk is slow (appendfsync everysec postpones). GIL
+ * held, but for the pauses.
+ */
+static int detach_written(char *text, size_t size)
+{
+	kflex_quiet(K.ctx, KFLEX_STOPPING);
+	for (int pauses = 0; K.attached && K.ctl->durable; pauses++) {
+		kflex_journal_check(K.ctx);
+		if (K.ctl->journal_head == K.ctl->tail)
+			break;
+		if (pauses == 600) {
+			snprintf(text, size, "Redis has not written its AOF for 3 s; everything passes meanwhile");
+			return -EAGAIN;
+		}
+		RedisModule_ThreadSafeContextUnlock(K.ctx);
+		usleep(5000);
+		if (!take_gil())
+			return -ECANCELED;
+	}
+	kflex_detach(K.ctx, KFLEX_STOPPING);
+	return 0;
+}
+
 static void serve_one(void)
 {
 	struct timeval limit = {.tv_sec = 2};
@@ -185,11 +212,12 @@ static void serve_one(void)
 		if (m.verb == KFLEX_ATTACH)
 			m.status = attach(fds, m.text, sizeof(m.text));
 		else if (m.verb == KFLEX_DETACH)
-			kflex_detach(K.ctx, KFLEX_STOPPING);
+			m.status = detach_written(m.text, sizeof(m.text));
 		else if (m.verb != KFLEX_QUERY)
 			m.status = -EINVAL;
 		m.attached = (__u32)K.attached;
-		RedisModule_ThreadSafeContextUnlock(K.ctx);
+		if (m.status != -ECANCELED)
+			RedisModule_ThreadSafeContextUnlock(K.ctx);
 	}
 	m.magic = KFLEX_MAGIC;
 	m.abi = KFLEX_ABI;
@@ -233,8 +261,10 @@ static void *link_thread(void *arg)
 		idle = 0;
 		if (RedisModule_ThreadSafeContextTryLock(K.ctx) != REDISMODULE_OK)
 			continue;
-		if (K.attached)
+		if (K.attached) {
+			kflex_journal_check(K.ctx);
 			kflex_drain(K.ctx, 1);
+		}
 		RedisModule_ThreadSafeContextUnlock(K.ctx);
 	}
 	return NULL;

@@ -28,6 +28,11 @@ void kflex_rules_add(unsigned rule)
 	publish(K.ctl->rules | 1u << rule);
 }
 
+void kflex_rules_remove(unsigned rule)
+{
+	publish(K.ctl->rules & ~(1u << rule));
+}
+
 /* CONFIG GET name as a string of its own (free it), NULL when CONFIG does not answer. */
 static char *config(RedisModuleCtx *ctx, const char *name)
 {
@@ -205,6 +210,8 @@ void kflex_rules_check(RedisModuleCtx *ctx)
 	RULE(AOF_ERROR, !info_is(persistence, "aof_last_write_status", "ok"));
 	RULE(TRACKING, RedisModule_ServerInfoGetFieldUnsigned(clients, "tracking_clients", &err) > 0);
 	RULE(SET_SETTING, !K.set_offload);
+	kflex_journal_durable(ctx, !info_is(persistence, "aof_enabled", "0"));
+	RULE(JOURNAL, K.unmarked);
 	RULE(RENAMED, unknown); /* CONFIG itself is out of reach: nothing can be known */
 #undef RULE
 	RedisModule_FreeServerInfo(ctx, server);

@@ -19,7 +19,8 @@ void kflex_table_reset(void)
 	memset(K.buckets, 0, K.ctl->buckets * sizeof(*K.buckets));
 	memset(K.ctl->free, 0, sizeof(K.ctl->free));
 	K.ctl->bump = 1; /* cell 0 means "none" */
-	K.ctl->head = K.ctl->tail = 0;
+	K.ctl->head = K.ctl->tail = K.ctl->journal_head = 0;
+	K.ctl->last_cut = K.ctl->journal_cut = 0;
 	K.ctl->gen = 1;
 	K.ctl->hold = 0;
 	K.sweep = 0;
@@ -108,11 +109,31 @@ static int slot_of(struct kflex_bucket *b, uint32_t tag, const char *key, size_t
 	return -1;
 }
 
+/*
+ * The cell that ring position pos speaks of, 0 if it speaks of none any more: replaced in the same generation, or freed
+ * and perhaps used anew, for which another position speaks.
+ */
+uint32_t kflex_cell_of(uint64_t pos)
+{
+	uint64_t record = LOAD(K.ring[pos & (K.ctl->ring - 1)]);
+
+	if ((uint32_t)(record >> 32) != (uint32_t)pos || kflex_entry_at((uint32_t)record)->pos != (uint32_t)pos)
+		return 0;
+	return (uint32_t)record;
+}
+
 static void drop(struct kflex_bucket *b, int s)
 {
 	uint32_t cell = b->slot[s].cell;
 
 	b->slot[s].cell = 0;
+#ifndef KFLEX_BREAK_FREE_PENDING
+	/* The command that made us forget it may die with the server, unacknowledged; the SET was acknowledged. */
+	if (LOAD(kflex_entry_at(cell)->state) == KFLEX_PENDING) {
+		STORE(kflex_entry_at(cell)->state, KFLEX_DROPPED);
+		return;
+	}
+#endif
 	kflex_cell_free(cell);
 }
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import time
+from pathlib import Path
 
 import click
 from rich.console import Console
 from rich.live import Live
 
 from kflex_repro.errors import KflexError, Unavailable
+from kflex_repro.offload import recover as journal
 from kflex_repro.offload import session, status, table, target
 
 _PORT = click.option(
@@ -137,3 +139,62 @@ def stop(port: int | None, timeout: float, force: bool, dry_run: bool) -> None:
         with Console(stderr=True).status(f"stopping port {one.port}"):
             one.stop(timeout=timeout, force=force)
         click.echo(f"stopped: port {one.port}")
+
+
+@group.command()
+@click.option("--port", type=click.IntRange(1, 65535), help="Only this server (default: all).")
+@click.option(
+    "--export",
+    "path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write them as SET commands: redis-cli --pipe < FILE applies them.",
+)
+@click.option("--discard", is_flag=True, help="Drop them (after the export) and take the offload off.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done; change nothing.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON: a list with one object for each dead server.")
+def recover(port: int | None, path: Path | None, discard: bool, dry_run: bool, as_json: bool) -> None:
+    """SETs that a killed server had acknowledged and its AOF does not hold.
+
+    Starting the server again with the module recovers them before its first client is served. This command
+    shows what is waiting, and saves or drops what cannot be recovered: the module's log line says why
+    (another dataset, an older AOF, a server without the module has written since).
+    """
+    _need_root()
+    found = [(s, s.leftovers()) for s in session.attached() if port in (None, s.port)]
+    found = [(s, left) for s, left in found if left]
+    if path is not None and len(found) > 1:
+        raise KflexError("more than one server has left something", str(path), "say which one: --port N")
+    if path is not None and found and not dry_run:
+        journal.export(found[0][1], path)
+    if as_json:
+        click.echo(
+            json.dumps(
+                [
+                    {
+                        "server_id": s.server_id,
+                        "port": s.port,
+                        "pid": s.pid,
+                        "sets": len(left),
+                        "keys": len({each.key for each in left}),
+                        "bytes": sum(len(each.key) + len(each.value) for each in left),
+                        "exported": str(path) if path and not dry_run else None,
+                        "discarded": discard and not dry_run,
+                    }
+                    for s, left in found
+                ],
+                indent=2,
+            )
+        )
+    elif not found:
+        click.echo("nothing is waiting to be recovered")
+    for one, left in found:
+        what = f"port {one.port}: up to {len(left)} SETs of {len({each.key for each in left})} keys"
+        done = f", {'would be written' if dry_run else 'written'} to {path}" if path else ""
+        if discard:
+            done += f", {'would be dropped' if dry_run else 'dropped'}"
+        if not as_json:
+            click.echo(what + (done or ": start the server again with the module, or --export FILE"))
+        if discard and not dry_run:
+            one.stop(force=True)
+        else:
+            one.close()

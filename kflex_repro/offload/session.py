@@ -21,7 +21,7 @@ from kflex_repro.bpf.links import Link, Program
 from kflex_repro.bpf.maps import Map
 from kflex_repro.bpf.object import Object
 from kflex_repro.errors import KflexError, Unavailable
-from kflex_repro.offload import commands, link, table, target
+from kflex_repro.offload import commands, link, recover, table, target
 
 _OBJECT = "offload_local"
 _MAPS = ("ctl", "heap", "buckets", "ring", "conns", "client_socks", "server_socks")
@@ -138,11 +138,22 @@ class Session:
             found[name] = int(getattr(self._ctl, name))
         found["evicted"] += int(self._ctl.evicted)
         found["dirty"] = int(self._ctl.head) - int(self._ctl.tail)
-        found["pending"] = int(self._ctl.pending)
+        found["pending"] = int(self._ctl.tail) - int(self._ctl.journal_head)
         found["dirty_age_us_max"] = int(self._ctl.dirty_age_max) // 1000
         found["writer_wait_us_max"] = int(self._ctl.wait_max) // 1000
         found["table_bytes_used"] = int(self._ctl.bump) * self._const("KFLEX_CELL")
         return found
+
+    @property
+    def durable(self) -> bool:
+        """Whether the server had its AOF on: then nothing acknowledged may be lost."""
+        return self._ctl is not None and bool(self._ctl.durable)
+
+    def leftovers(self) -> list[recover.Leftover]:
+        """Acknowledged SETs of a dead server that had its AOF on, and that no server has taken over yet."""
+        if not self.durable or self.mode != "coherent" or self.server_alive:
+            return []
+        return recover.journal(self._btf, self._ctl, self._maps["heap"], self._maps["ring"])
 
     def reset_max(self) -> None:
         """Forget the greatest dirty age and wait so far (stats: dirty_age_us_max, writer_wait_us_max)."""
@@ -218,9 +229,12 @@ class Session:
         """Take the offload off: all that the kernel accepted is in Redis, every reply read, nothing stays.
 
         Waits up to ``timeout`` seconds for clients to read the replies in their sockets; KflexError if
-        some do not (the offload then stays disabled and attached; ``force`` drops those replies instead).
+        some do not (the offload then stays disabled and attached; ``force`` drops those replies instead), or
+        if the server died with SETs that are not in its AOF (``force`` drops them).
         """
         deadline = time.monotonic() + timeout
+        if not force:
+            self._keep_leftovers()
         with _locked(self.pin_dir.parent):
             try:
                 self._disable(max(1.0, timeout))
@@ -254,6 +268,16 @@ class Session:
                         link.call(run_id, "KFLEX_DETACH", self._btf, timeout=timeout), "let go of the table"
                     )
         self._ctl.allow = 0
+
+    def _keep_leftovers(self) -> None:
+        left = len(self.leftovers())
+        if left:
+            raise KflexError(
+                f"the server died, and up to {left} SETs that were acknowledged are not in its AOF",
+                self.server_id,
+                "start it again with the module, which recovers them; or: kflex-repro offload recover "
+                f"--port {self.port} [--export FILE] [--discard]",
+            )
 
     def _full_run_id(self) -> str:
         """The server's run id from the abstract sockets of the machine: INFO may be out of reach."""
@@ -348,6 +372,8 @@ def start(
             else:
                 session.close()
         for session in stale:
+            session._keep_leftovers()
+        for session in stale:
             session._discard()
         if same and (found.attached or same[0].mode == mode == "store"):
             return same[0]
@@ -412,6 +438,8 @@ def _start(found: target.Target, pin_dir: Path, plan: table.Plan, mode: str, mad
         _pin_all(obj, pin_dir)
         session = Session(pin_dir, obj.btf, obj)
         _fill(session, obj, plan, found, mode, pid, started)
+        if mode == "coherent":
+            _give_to(pin_dir, Path(f"/proc/{pid}").stat())
         for name, map_name in _VERDICTS:
             obj.programs[name].attach_map(obj.maps[map_name], AttachType.SK_MSG_VERDICT)
         unread = obj.programs[_UNREAD].attach_iter(obj.maps["client_socks"])
@@ -454,6 +482,12 @@ def _pin_all(obj: Object, pin_dir: Path) -> None:
         obj.programs[name].pin(pin_dir / name)
 
 
+def _give_to(pin_dir: Path, owner: os.stat_result) -> None:
+    """The server's user may open what it has mapped anyway: after a crash its successor must."""
+    for name in ("ctl", "heap", "ring"):
+        os.chown(pin_dir / name, owner.st_uid, owner.st_gid)
+
+
 def _fill(
     session: Session, obj: Object, plan: table.Plan, found: target.Target, mode: str, pid: int, started: int
 ) -> None:
@@ -466,6 +500,7 @@ def _fill(
     ctl.chunks, ctl.buckets, ctl.ring = plan.chunks, plan.buckets, plan.ring
     ctl.cpus = min(_possible_cpus(), const["KFLEX_MAX_CPUS"])
     ctl.bump = ctl.gen = 1
+    ctl.table_id = secrets.randbits(64)
     if mode == "store":
         ctl.allow = const["KFLEX_ALLOW_GET"] | const["KFLEX_ALLOW_SET"]
         ctl.gate = 1
