@@ -54,7 +54,8 @@ static void before_sleep(RedisModuleCtx *ctx)
 		K.recheck = 0;
 		kflex_rules_check(ctx);
 	}
-	if (K.nremembered)
+	/* With AOF only what is written may be read: a crash must not take back what somebody has seen. */
+	if (K.nremembered && !K.ctl->durable)
 		populate(ctx);
 	if (K.sample_ns)
 		K.armed_ns = now_ns();
@@ -89,6 +90,8 @@ static void after_sleep(RedisModuleCtx *ctx)
 #else
 	kflex_drain(ctx, 0);
 #endif
+	if (K.nremembered && K.ctl->durable)
+		populate(ctx);
 }
 
 static void on_event_loop(RedisModuleCtx *ctx, RedisModuleEvent e, uint64_t sub, void *data)

@@ -202,7 +202,12 @@ def _version_of(client: redis.Redis) -> str:
 
 @contextmanager
 def own_bed(
-    *, mode: str = "coherent", port: int | None = None, veth: VethPair | None = None, built: Any = None
+    *,
+    mode: str = "coherent",
+    aof: bool = False,
+    port: int | None = None,
+    veth: VethPair | None = None,
+    built: Any = None,
 ) -> Iterator[Bed]:
     """Two redis-servers of our own, on free ports (``port``: the offloaded one's), both with a unix socket.
 
@@ -214,7 +219,9 @@ def own_bed(
 
     bind = f"127.0.0.1 {veth.server_host}" if veth else "127.0.0.1"
     # Only our own namespaces can reach the veth address.
-    args = ("--protected-mode", "no") if veth else ()
+    args: tuple[str, ...] = ("--protected-mode", "no") if veth else ()
+    if aof:
+        args += ("--appendonly", "yes", "--appendfsync", "everysec")
     with ExitStack() as stack:
         stack.enter_context(inside(veth.server_ns if veth else None))
         plain = stack.enter_context(ManagedServer(args=args, unix=True, bind=bind))

@@ -82,7 +82,7 @@ def make_plan(options: Options, scenarios: Sequence[Scenario] | None = None) -> 
     every = load_scenarios() if scenarios is None else scenarios
     chosen = select(every, options.names, quick=options.quick, netns=options.netns)
     if options.attach:
-        unfit = [s.name for s in chosen if s.mode != "coherent" or s.path != "local"]
+        unfit = [s.name for s in chosen if s.mode != "coherent" or s.path != "local" or s.aof]
         if unfit and options.names:
             raise KflexError(f"scenario {unfit[0]} needs servers of its own", "--attach", exit_code=2)
         chosen = tuple(s for s in chosen if s.name not in unfit)
@@ -239,13 +239,10 @@ class Run:
         netns.sweep()
         self._events.step(0.0, "building what is not built yet")
         built = _built()
-        groups = {
-            mode: [s for s in scenarios if s.path == "local" and s.mode == mode]
-            for mode in ("coherent", "store")
-        }
-        for mode, group in groups.items():
+        for mode, aof in (("coherent", False), ("coherent", True), ("store", False)):
+            group = [s for s in scenarios if s.path == "local" and (s.mode, s.aof) == (mode, aof)]
             if group:
-                self._on(own_bed(mode=mode, port=self.plan.port, built=built), group)
+                self._on(own_bed(mode=mode, aof=aof, port=self.plan.port, built=built), group)
         remote = [s for s in scenarios if s.path == "remote"]
         if remote:
             with calm_exit(netns.VethPair()) as veth:

@@ -28,7 +28,8 @@ CEILINGS = ("p99", "server_cpu", "system_cpu", "recovery_s", "set_in_redis_ms")
 class Scenario:
     """One row of the benchmark.
 
-    ``value_bytes`` in bytes, ``rate`` in requests/s (0: closed loop), ``mix`` in percent.
+    ``value_bytes`` in bytes, ``rate`` in requests/s (0: closed loop), ``mix`` in percent; ``aof``: both servers
+    with appendonly yes, appendfsync everysec.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Scenario:
     driver: str = "redis-benchmark"
     path: str = "local"
     mode: str = "coherent"
+    aof: bool = False
     clients: int = 50
     client_threads: int = 2
     value_bytes: int = 64
