@@ -2,8 +2,9 @@
 /*
  * Recovery: what a killed server's kernel half had acknowledged, and its AOF does not hold.
  *
- * The table outlives the server, pinned on bpffs. Whoever comes next on the same port replays the AOF, meets the number of
- * the last cut in it (the markers of journal.c), and applies what is newer, in order, before the first client's command.
+ * The table outlives the server, pinned on bpffs. Whoever comes next on the same dataset replays the AOF, meets the table's
+ * name and the number of the last cut in it (the markers of journal.c), and applies what is newer, in order, before the
+ * first client's command.
  * Only where AOF and table are of one piece: anything else is left for `kflex-repro offload recover --export`.
  */
 #include "kflex.h"
@@ -260,19 +261,22 @@ static void leave(RedisModuleCtx *ctx, const char *dir, const char *why, uint64_
 		(unsigned long long)entries, dir, why);
 }
 
-/* One pinned table of this server's port. */
-static void look_at(RedisModuleCtx *ctx, const char *dir, int aof)
+/* One pinned table; one of another port is ours if the AOF names it. */
+static void look_at(RedisModuleCtx *ctx, const char *dir, unsigned port, int aof)
 {
 	const char *why;
 	int err = 0;
 
 	K.ctl = map_pinned(dir, "ctl", sizeof(*K.ctl), &err);
 	if (!K.ctl) {
-		leave(ctx, dir, err == EACCES || err == EPERM ? "this server may not open it" : strerror(err), 0);
+		if ((unsigned)atoi(strrchr(dir, '/') + 1) == port)
+			leave(ctx, dir, err == EACCES || err == EPERM ? "this server may not open it" : strerror(err),
+			      0);
 		return;
 	}
 	if (K.ctl->magic != KFLEX_MAGIC || K.ctl->abi != KFLEX_ABI || K.ctl->mode != KFLEX_MODE_COHERENT ||
-	    owner_alive(K.ctl) || K.ctl->journal_head == K.ctl->head)
+	    (K.ctl->port != port && K.ctl->table_id != R.marker_id) || owner_alive(K.ctl) ||
+	    K.ctl->journal_head == K.ctl->head)
 		goto out;
 	R.tables++;
 	/* Nobody serves for it any more, also if the hook that says so was off; and whoever still writes, finishes. */
@@ -316,23 +320,23 @@ void kflex_recover_written(RedisModuleCtx *ctx)
 
 static void look_in(RedisModuleCtx *ctx, const char *mount, unsigned port, int aof)
 {
-	char root[256], prefix[16], dir[600];
+	char root[256], dir[600];
 	struct dirent *d;
 	DIR *all;
 	int allowed = 0;
 
 	snprintf(root, sizeof(root), "%s/kflex", mount);
-	snprintf(prefix, sizeof(prefix), "%u-", port);
 	all = opendir(root);
 	while (all && (d = readdir(all))) {
-		if (strncmp(d->d_name, prefix, strlen(prefix)))
+		if (!atoi(d->d_name)) /* PORT-RUNID */
 			continue;
 		snprintf(dir, sizeof(dir), "%s/%s", root, d->d_name);
 		if (!allowed && !(allowed = bpf_allowed())) {
-			leave(ctx, dir, "this server may not call bpf(2)", 0);
+			if ((unsigned)atoi(d->d_name) == port)
+				leave(ctx, dir, "this server may not call bpf(2)", 0);
 			break;
 		}
-		look_at(ctx, dir, aof);
+		look_at(ctx, dir, port, aof);
 	}
 	if (all)
 		closedir(all);
