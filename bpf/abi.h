@@ -30,7 +30,8 @@ enum kflex_abi_const {
 	KFLEX_NAME = 32, /* "CONTAINER|SUBCOMMAND", zero-padded */
 	KFLEX_MAX_USERS = 64,
 	KFLEX_USER_NAME = 64, /* longest name of a user that can be served, zero-padded */
-	KFLEX_USER_NONE = 63, /* the slot that no user has: not authenticated, or a user that is not known */
+	KFLEX_USER_OPEN = 62, /* slot: the default user, for as long as nobody needs a password for it */
+	KFLEX_USER_NONE = 63, /* slot: a user that is not known */
 	KFLEX_PARK = 512,     /* messages in a row without a GET or SET after which a connection is left alone */
 };
 
@@ -73,7 +74,7 @@ enum kflex_rule {
 	KFLEX_RULE_MODULE,  /* another module is loaded: nothing */
 	KFLEX_RULE_CLUSTER, /* cluster mode: nothing */
 	KFLEX_RULE_REPLICA, /* is a replica: nothing */
-	KFLEX_RULE_AUTH,    /* default user is not nopass ~* &* +@all: nothing */
+	KFLEX_RULE_AUTH,    /* no user may GET or SET every key: nothing */
 	KFLEX_RULE_RENAMED, /* GET or SET renamed or disabled: nothing */
 	KFLEX_RULE_TIMEOUT, /* timeout != 0: nothing */
 	KFLEX_RULE_MONITOR, /* a MONITOR client: nothing */
@@ -217,8 +218,9 @@ struct kflex_ctl {
 
 	/* Users: slot 0 is "default". A name keeps its slot as long as the table lives. */
 	__u32 user_allow[KFLEX_MAX_USERS] __attribute__((aligned(64))); /* enum kflex_allow bits, on every key */
-	__u32 default_open;						/* new connections are the default user's */
-	__u32 users;
+	/* Odd: no password is needed. Changes with every command that may change that. */
+	__u32 default_open;
+	__u32 users; /* names in user[], at most KFLEX_USER_OPEN */
 	char user[KFLEX_MAX_USERS][KFLEX_USER_NAME];
 
 	struct kflex_cpu cpu[KFLEX_MAX_CPUS] __attribute__((aligned(64)));
@@ -248,6 +250,7 @@ enum kflex_conn_flag {
 	KFLEX_C_DEMOTED = 1, /* client side saw something it cannot follow */
 	KFLEX_C_MULTI = 2,
 	KFLEX_C_SENT = 4,    /* expect is valid */
+	KFLEX_C_SECRET = 8,  /* the request at hand may hold a password */
 	KFLEX_S_DEMOTED = 1, /* server side likewise */
 	KFLEX_S_OWNED = 2,   /* a reply was sent by the attached server */
 	KFLEX_S_SENT = 4,
@@ -264,9 +267,11 @@ struct kflex_parser {
 	__u8 st;
 	__u8 type;
 	__u8 neg;
-	__u8 push; /* replies: the frame is a push, not a reply */
-	__u8 cmd;  /* requests: enum kflex_cmd_flag of the command */
-	__u8 rsvd[3];
+	__u8 push;     /* replies: the frame is a push, not a reply */
+	__u8 cmd;      /* requests: enum kflex_cmd_flag of the command */
+	__u8 user_arg; /* AUTH, HELLO: argument that is a user's name, 0: none */
+	__u8 opt_arg;  /* HELLO: argument that is an option's name, 0: none */
+	__u8 rsvd;
 };
 
 /* A request of the message at hand. */
@@ -299,9 +304,11 @@ struct kflex_conn {
 	__u32 plan_sets;   /* of them SETs */
 	__u32 plan_reply;  /* bytes of all their replies */
 	__u32 plan_active; /* counted in as a writer */
-	__u32 user;	   /* slot of struct kflex_ctl.user */
+	__u32 user;	   /* slot of struct kflex_ctl.user; the server's program changes it */
 	__u32 auth_at;	   /* ordinal of the AUTH or HELLO AUTH that waits for its reply, 0: none */
-	__u32 auth_user;   /* slot that it asks for */
+	__u32 auth_user;   /* slot that it asks for, KFLEX_AUTH_KEEPS */
+	__u32 proof_at;	   /* ordinal of a request that only an authenticated connection may make, 0: none */
+	__u32 proof_gen;   /* ctl.default_open when it was sent */
 	__u32 adopted;
 	__u64 served;
 	__u64 passed; /* messages */
@@ -331,12 +338,14 @@ struct kflex_conn {
 enum kflex_cmd_flag {
 	KFLEX_CMD_OK = 1, /* one reply, no effect on the connection */
 	KFLEX_CMD_MULTI = 2,
-	KFLEX_CMD_END = 4,    /* EXEC, DISCARD */
-	KFLEX_CMD_SUB = 8,    /* look at the subcommand */
-	KFLEX_CMD_ZERO = 16,  /* only with the argument 0 (SELECT) */
-	KFLEX_CMD_SHORT = 32, /* only with at most one argument (HELLO) */
-	KFLEX_CMD_TABLE = 64, /* GET, SET */
-	KFLEX_CMD_AUTH = 128, /* AUTH, HELLO: may change the user */
+	KFLEX_CMD_END = 4,     /* EXEC, DISCARD */
+	KFLEX_CMD_SUB = 8,     /* look at the subcommand */
+	KFLEX_CMD_ZERO = 16,   /* only with the argument 0 (SELECT) */
+	KFLEX_CMD_SECRET = 32, /* its arguments may be passwords */
+	KFLEX_CMD_TABLE = 64,  /* GET, SET */
+	KFLEX_CMD_AUTH = 128,  /* AUTH, HELLO: may change the user */
 };
+
+#define KFLEX_AUTH_KEEPS 64u /* kflex_conn.auth_user: refused, it changes nothing (AUTH; of HELLO one cannot tell) */
 
 #endif

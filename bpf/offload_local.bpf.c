@@ -286,6 +286,19 @@ static __always_inline void leave(struct kflex_ctl *k, __u32 inside)
 	}
 }
 
+/* May the connection's user do this on every key? To be asked after ctl.allow, which is 0 while that changes. */
+static __always_inline int user_may(struct kflex_ctl *k, struct kflex_conn *c, __u32 what)
+{
+#ifdef KFLEX_BREAK_NO_USER
+	return 1;
+#else
+	__u64 user = READ_ONCE(c->user);
+
+	BOUND(user, KFLEX_MAX_USERS - 1);
+	return READ_ONCE(k->user_allow[user]) & what;
+#endif
+}
+
 /*
  * Counts ourselves in as a writer, then looks at the gate: whoever closes it waits for the count. Returns 0, or the
  * reason why no SET may be accepted; then nothing is counted.
@@ -319,6 +332,9 @@ static __always_inline int enter_gate(struct kflex_conn *c)
 	why = KFLEX_STAT_WHY_OFF;
 	if (READ_ONCE(k->disabled) || !(READ_ONCE(k->allow) & KFLEX_ALLOW_SET))
 		goto out;
+	why = KFLEX_STAT_WHY_USER;
+	if (!user_may(k, c, KFLEX_ALLOW_SET))
+		goto out;
 	why = KFLEX_STAT_WHY_FULL;
 	/* Positions whose cut is not written are the journal: recovery needs them. */
 	if (!store && READ_ONCE(k->head) - READ_ONCE(k->journal_head) > ring_mask / 2)
@@ -347,6 +363,8 @@ __noinline int plan_request(struct kflex_conn *c, __u64 addr, __u32 at_i, __u32 
 	if (!c->desc[i & (KFLEX_MAX_PIPELINE - 1)].set) {
 		if (!(READ_ONCE(k->allow) & KFLEX_ALLOW_GET))
 			return -KFLEX_STAT_WHY_OFF;
+		if (!user_may(k, c, KFLEX_ALLOW_GET))
+			return -KFLEX_STAT_WHY_USER;
 		r = table_get(c, i);
 		if (r < 0)
 			return r;
@@ -355,6 +373,8 @@ __noinline int plan_request(struct kflex_conn *c, __u64 addr, __u32 at_i, __u32 
 	}
 	if (!(READ_ONCE(k->allow) & KFLEX_ALLOW_SET))
 		return -KFLEX_STAT_WHY_OFF;
+	if (!user_may(k, c, KFLEX_ALLOW_SET))
+		return -KFLEX_STAT_WHY_USER;
 	if (!c->plan_active) {
 		r = enter_gate(c);
 		if (r)
@@ -560,6 +580,9 @@ static __always_inline int serve_mixed(struct sk_msg_md *m, struct kflex_ctl *k,
 				bad |= table_moved(c, i);
 		}
 	}
+	/* Whoever took a right away since the plan was made may have changed the value after that. */
+	bad |= !(READ_ONCE(k->allow) & KFLEX_ALLOW_GET);
+	bad |= !user_may(k, c, KFLEX_ALLOW_GET);
 	if (bad) {
 		abandon(c, n);
 		if (bpf_msg_pop_data(m, 0, reply, 0))
@@ -663,6 +686,7 @@ int kflex_server(struct sk_msg_md *m)
 	struct kflex_conn *c;
 	struct tcp_sock *tp;
 	__u32 conn, wseq, before;
+	int bad;
 
 	if (!k || !sk)
 		return SK_PASS;
@@ -684,7 +708,10 @@ int kflex_server(struct sk_msg_md *m)
 		return SK_PASS;
 	}
 	before = c->rep.frames;
-	if (feed_message(m, c, ROLE_REPLY)) {
+	bad = feed_message(m, c, ROLE_REPLY);
+	/* Replies can hold passwords, too: CONFIG GET. */
+	__builtin_memset(c->win[ROLE_REPLY], 0, sizeof(c->win[ROLE_REPLY]));
+	if (bad) {
 		demote_server(k, c);
 		return SK_PASS;
 	}

@@ -77,14 +77,33 @@ static __always_inline int feed_message(struct sk_msg_md *m, struct kflex_conn *
 	return RESP_BAD;
 }
 
+/* What the client's program copied of the message at hand: a password must not stay there. */
+static __always_inline void wipe(struct kflex_conn *c)
+{
+	__builtin_memset(c->hdr, 0, sizeof(c->hdr));
+	__builtin_memset(c->key, 0, sizeof(c->key));
+	__builtin_memset(c->win[ROLE_REQUEST], 0, sizeof(c->win[ROLE_REQUEST]));
+	__builtin_memset(c->name, 0, sizeof(c->name));
+}
+
 /* A message that Redis will see. */
 static __always_inline void account_request(struct sk_msg_md *m, struct kflex_ctl *k, struct kflex_conn *c, __u32 wseq)
 {
-	__u32 before = c->req.frames;
+	__u32 before = c->req.frames, open = READ_ONCE(k->default_open);
+	int bad = feed_message(m, c, ROLE_REQUEST);
 
-	if (feed_message(m, c, ROLE_REQUEST)) {
+	if (bad || (c->cflags & KFLEX_C_SECRET)) {
+		wipe(c);
+		if (is_whole(&c->req) || !(c->req.cmd & KFLEX_CMD_SECRET))
+			c->cflags &= ~KFLEX_C_SECRET;
+	}
+	if (bad) {
 		demote_client(k, c);
 		return;
+	}
+	if (c->user == KFLEX_USER_OPEN && !(open & 1) && !READ_ONCE(c->proof_at) && c->req.frames != before) {
+		c->proof_gen = open;
+		WRITE_ONCE(c->proof_at, before + 1);
 	}
 	if (++c->idle > KFLEX_PARK) {
 		c->cflags |= KFLEX_C_DEMOTED;
@@ -239,6 +258,8 @@ static __always_inline void enrol_client(struct bpf_sock_ops *s)
 	c->injected = c->injected_bytes = 0;
 	c->served = c->passed = 0;
 	c->idle = 0;
+	c->user = KFLEX_USER_OPEN;
+	c->auth_at = c->proof_at = 0;
 	c->paired = 0;
 	c->refs = 1;
 	__builtin_memset(&c->req, 0, sizeof(c->req));

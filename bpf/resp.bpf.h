@@ -57,6 +57,95 @@ __noinline int command_flags(struct kflex_conn *c)
 	return flags ? *flags : 0;
 }
 
+/* The slot of the user whose name is in c->key, zero-padded. */
+__noinline int find_user(struct kflex_conn *c)
+{
+	struct kflex_ctl *k = get_ctl();
+	__u64 *name;
+	__u32 i;
+
+	if (!c || !k)
+		return KFLEX_USER_NONE;
+	for (i = 0; i < KFLEX_USER_OPEN; i++) {
+		if (i >= READ_ONCE(k->users))
+			break;
+		name = (__u64 *)k->user[i];
+		if (!((name[0] ^ c->key[0]) | (name[1] ^ c->key[1]) | (name[2] ^ c->key[2]) | (name[3] ^ c->key[3]) |
+		      (name[4] ^ c->key[4]) | (name[5] ^ c->key[5]) | (name[6] ^ c->key[6]) | (name[7] ^ c->key[7])))
+			return i;
+	}
+	return KFLEX_USER_NONE;
+}
+
+/* The request at hand asks for another user: its reply will tell. Returns 0, or RESP_BAD to demote. */
+static __always_inline int auth_begin(struct kflex_conn *c, struct kflex_parser *p, __u32 user)
+{
+	__u32 ordinal = p->frames + 1, waiting = READ_ONCE(c->auth_at);
+
+	/* In a transaction its reply is one of EXEC's; two at a time are more than we keep. */
+	if ((c->cflags & KFLEX_C_MULTI) || (waiting && waiting != ordinal) || !ordinal)
+		return RESP_BAD;
+	c->auth_user = user;
+	WRITE_ONCE(c->auth_at, ordinal);
+	return 0;
+}
+
+/* "AUTH [user] password" or "HELLO [version [AUTH user password] [SETNAME name]]" begins: its name has num bytes. */
+static __always_inline int auth_command(struct kflex_conn *c, struct kflex_parser *p, __u32 num)
+{
+	if (num == 5) {
+		p->opt_arg = 3;
+		return p->argc > 16 ? RESP_BAD : 0;
+	}
+	if (p->argc == 2)
+		return auth_begin(c, p, 0 | KFLEX_AUTH_KEEPS);
+	/* Other numbers of arguments are errors. */
+	if (p->argc != 3)
+		return 0;
+	p->user_arg = 2;
+	return auth_begin(c, p, KFLEX_USER_NONE | KFLEX_AUTH_KEEPS);
+}
+
+/* A user's name of num bytes. One that is split over messages, too long or not known is nobody's that is served. */
+static __always_inline void auth_name(struct feed *f, __u64 num)
+{
+	struct kflex_conn *c = f->c;
+
+	if (!num || num > KFLEX_USER_NAME || f->pos + num > f->len)
+		return;
+	__builtin_memset(c->key, 0, KFLEX_USER_NAME);
+	BOUND(num, 127);
+	if (!bpf_probe_read_kernel(c->key, num, (void *)(f->addr + f->pos)))
+		c->auth_user = (c->auth_user & KFLEX_AUTH_KEEPS) | find_user(c);
+}
+
+/* "AUTH" and "SETNAME" as little-endian words. */
+#define WORD_AUTH    0x48545541ull
+#define WORD_SETNAME 0x454d414e544553ull
+
+/* An option of HELLO. Anything odd demotes: Redis compares up to a NUL only. */
+static __always_inline int hello_option(struct feed *f, struct kflex_parser *p, __u64 num)
+{
+	__u64 word = 0;
+
+	if (num > 7 || f->pos + num > f->len)
+		return RESP_BAD;
+	BOUND(num, 7);
+	if (bpf_probe_read_kernel(&word, num, (void *)(f->addr + f->pos)))
+		return RESP_BAD;
+	word = upper8(word);
+	if (num == 4 && word == WORD_AUTH && p->argc >= p->argn + 2) {
+		p->user_arg = p->argn + 1;
+		p->opt_arg = p->argn + 3;
+		return auth_begin(f->c, p, KFLEX_USER_NONE);
+	}
+	if (num == 7 && word == WORD_SETNAME && p->argc > p->argn) {
+		p->opt_arg = p->argn + 2;
+		return 0;
+	}
+	return RESP_BAD;
+}
+
 /* A bulk string of a request starts at f->pos and is num bytes long. Returns 0, or RESP_BAD to demote. */
 static __always_inline int request_bulk(struct feed *f, struct kflex_parser *p)
 {
@@ -77,8 +166,11 @@ static __always_inline int request_bulk(struct feed *f, struct kflex_parser *p)
 			return RESP_BAD;
 		if (p->cmd & KFLEX_CMD_TABLE)
 			c->idle = 0;
-		if ((p->cmd & KFLEX_CMD_SHORT) && p->argc > 2)
-			return RESP_BAD;
+		p->user_arg = p->opt_arg = 0;
+		if (p->cmd & KFLEX_CMD_SECRET)
+			c->cflags |= KFLEX_C_SECRET;
+		if (p->cmd & KFLEX_CMD_AUTH)
+			return auth_command(c, p, num);
 		if ((p->cmd & KFLEX_CMD_ZERO) && p->argc != 2)
 			return RESP_BAD;
 		if ((p->cmd & KFLEX_CMD_SUB) && p->argc < 2)
@@ -90,6 +182,12 @@ static __always_inline int request_bulk(struct feed *f, struct kflex_parser *p)
 			c->cflags &= ~KFLEX_C_MULTI;
 		return 0;
 	}
+	if (p->argn == p->user_arg) {
+		auth_name(f, num);
+		return 0;
+	}
+	if (p->argn == p->opt_arg)
+		return hello_option(f, p, num);
 	if (p->argn != 2 || !(p->cmd & (KFLEX_CMD_SUB | KFLEX_CMD_ZERO)))
 		return 0;
 	if (num == 0 || num > 20 || f->pos + num > f->len)
@@ -113,6 +211,41 @@ static __always_inline int request_bulk(struct feed *f, struct kflex_parser *p)
 	if (bpf_probe_read_kernel(&c->name[at], num, (void *)(f->addr + f->pos)))
 		return RESP_BAD;
 	return command_flags(c) ? 0 : RESP_BAD;
+}
+
+/*
+ * The reply that begins with this byte may say who the connection's user is. Whoever has not said AUTH is the default
+ * user; whether it may do anything, when a password is needed by now, shows in how Redis answers it.
+ */
+__noinline int settle_user(struct kflex_conn *c, __u32 lead)
+{
+	struct kflex_ctl *k = get_ctl();
+	__u32 ordinal;
+
+	if (!c || !k)
+		return -1;
+	ordinal = c->rep.frames + 1;
+	if (!ordinal)
+		return 0;
+	if (READ_ONCE(c->auth_at) == ordinal) {
+		if (lead == '+' || lead == '%' || lead == '*')
+			WRITE_ONCE(c->user, c->auth_user & (KFLEX_MAX_USERS - 1));
+		else if (!(c->auth_user & KFLEX_AUTH_KEEPS))
+			WRITE_ONCE(c->user, KFLEX_USER_NONE);
+		WRITE_ONCE(c->auth_at, 0);
+	}
+	if (READ_ONCE(c->proof_at) == ordinal) {
+		if (lead != '-' && c->user == KFLEX_USER_OPEN && READ_ONCE(k->default_open) == c->proof_gen)
+			WRITE_ONCE(c->user, 0);
+		WRITE_ONCE(c->proof_at, 0);
+	}
+	return 0;
+}
+
+static __always_inline void reply_begins(struct kflex_conn *c, __u8 lead)
+{
+	if (READ_ONCE(c->auth_at) | READ_ONCE(c->proof_at))
+		settle_user(c, lead);
 }
 
 static __always_inline void frame_end(struct kflex_parser *p)
@@ -165,6 +298,8 @@ static __always_inline long feed_step(struct feed *f, struct kflex_parser *p, __
 		if (!p->remaining) {
 			p->remaining = 1;
 			p->push = ch == '>';
+			if (role == ROLE_REPLY && !p->push)
+				reply_begins(f->c, ch);
 		}
 		if (ch == '$' || ch == '*' || ch == '%' || ch == '~' || ch == '>' || ch == '|' || ch == '=' ||
 		    ch == '!')
@@ -338,8 +473,13 @@ __noinline __u32 fast_reply(struct kflex_conn *c, __u64 addr, __u32 len)
 		return 0;
 	w = c->win[1];
 	if (w[0] == '$') {
-		if (w[1] == '-')
-			return have >= 5 && w[4] == '\n' ? (c->rep.frames++, 5) : 0;
+		if (w[1] == '-') {
+			if (have < 5 || w[4] != '\n')
+				return 0;
+			reply_begins(c, '$');
+			c->rep.frames++;
+			return 5;
+		}
 		for (i = 1; i < 6; i++) {
 			d = (__u32)w[i] - '0';
 			if (d > 9)
@@ -351,6 +491,7 @@ __noinline __u32 fast_reply(struct kflex_conn *c, __u64 addr, __u32 len)
 		n += i + 4;
 		if (n > len)
 			return 0;
+		reply_begins(c, '$');
 		c->rep.frames++;
 		return n;
 	}
@@ -360,6 +501,7 @@ __noinline __u32 fast_reply(struct kflex_conn *c, __u64 addr, __u32 len)
 		if (i >= have)
 			break;
 		if (w[i] == '\n') {
+			reply_begins(c, w[0]);
 			c->rep.frames++;
 			return i + 1;
 		}

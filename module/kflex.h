@@ -39,6 +39,7 @@ struct kflex_module {
 	int recheck;			/* the rules must be looked at before the gate may open again */
 	int queued_admin;		/* an administrative command went into a transaction */
 	int renamed;			/* GET or SET does not answer to its name */
+	int served_users;		/* users that may GET or SET every key */
 	int monitor_possible;		/* a MONITOR was seen and not yet found gone */
 	int sleeps_since_check;
 	uint64_t sample_ns, armed_ns; /* of the iteration whose gate time is measured, 0: none */
@@ -138,6 +139,9 @@ void kflex_rules_check(RedisModuleCtx *ctx);
 void kflex_rules_add(unsigned rule);
 void kflex_rules_remove(unsigned rule);
 int kflex_is_admin(const char *name, size_t len, const char *sub, size_t sublen);
+
+/* users.c */
+int kflex_users_check(RedisModuleCtx *ctx);
 
 /* link.c */
 int kflex_link_start(RedisModuleCtx *ctx);

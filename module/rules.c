@@ -25,6 +25,9 @@ static void publish(uint32_t rules)
 
 void kflex_rules_add(unsigned rule)
 {
+	/* The command that is about to run may be one that sets or removes the default user's password. */
+	if (rule == KFLEX_RULE_RECHECK)
+		STORE(K.ctl->default_open, K.ctl->default_open + 2);
 	publish(K.ctl->rules | 1u << rule);
 }
 
@@ -68,46 +71,6 @@ static int config_is(RedisModuleCtx *ctx, const char *name, const char *want, in
 	same = !strcmp(value, want);
 	free(value);
 	return same;
-}
-
-/* A reply's text equals s, case-insensitively. */
-static int reply_is(RedisModuleCallReply *r, const char *s)
-{
-	size_t len;
-	const char *text = RedisModule_CallReplyStringPtr(r, &len);
-
-	return text && len == strlen(s) && !strncasecmp(text, s, len);
-}
-
-/* on, nopass, +@all, ~*: whoever connects may do everything. */
-static int default_user_is_open(RedisModuleCtx *ctx)
-{
-	RedisModuleCallReply *reply = RedisModule_Call(ctx, "ACL", "cc", "GETUSER", "default"), *name, *value;
-	int on = 0, nopass = 0, commands = 0, keys = 0, selectors = 0;
-
-	if (!reply || RedisModule_CallReplyType(reply) != REDISMODULE_REPLY_ARRAY) {
-		if (reply)
-			RedisModule_FreeCallReply(reply);
-		return 0;
-	}
-	for (size_t i = 0; i + 1 < RedisModule_CallReplyLength(reply); i += 2) {
-		name = RedisModule_CallReplyArrayElement(reply, i);
-		value = RedisModule_CallReplyArrayElement(reply, i + 1);
-		if (reply_is(name, "flags")) {
-			for (size_t f = 0; f < RedisModule_CallReplyLength(value); f++) {
-				on |= reply_is(RedisModule_CallReplyArrayElement(value, f), "on");
-				nopass |= reply_is(RedisModule_CallReplyArrayElement(value, f), "nopass");
-			}
-		} else if (reply_is(name, "commands")) {
-			commands = reply_is(value, "+@all");
-		} else if (reply_is(name, "keys")) {
-			keys = reply_is(value, "~*");
-		} else if (reply_is(name, "selectors")) {
-			selectors = RedisModule_CallReplyLength(value) > 0;
-		}
-	}
-	RedisModule_FreeCallReply(reply);
-	return on && nopass && commands && keys && !selectors;
 }
 
 static int other_module_loaded(RedisModuleCtx *ctx)
@@ -190,7 +153,10 @@ void kflex_rules_check(RedisModuleCtx *ctx)
 	RULE(MODULE, other_module_loaded(ctx));
 	RULE(CLUSTER, info_is(server, "redis_mode", "cluster"));
 	RULE(REPLICA, !info_is(replication, "role", "master"));
-	RULE(AUTH, !default_user_is_open(ctx));
+	/* Nothing but a command changes users. */
+	if (K.ctl->rules & 1u << KFLEX_RULE_RECHECK || !K.ctl->users)
+		K.served_users = kflex_users_check(ctx);
+	RULE(AUTH, !K.served_users);
 	RULE(RENAMED, K.renamed);
 	RULE(TIMEOUT, !config_is(ctx, "timeout", "0", &unknown));
 	if (K.monitor_possible)

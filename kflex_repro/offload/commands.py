@@ -23,7 +23,7 @@ def flags(bits: Mapping[str, int]) -> dict[str, int]:
     found: dict[str, int] = dict.fromkeys(_words(data["one_reply"]), bits["KFLEX_CMD_OK"])
     for command in ("GET", "SET"):
         found[command] |= bits["KFLEX_CMD_TABLE"]
-    for key, name in (("multi", "MULTI"), ("end", "END"), ("short", "SHORT"), ("zero", "ZERO")):
+    for key, name in (("multi", "MULTI"), ("end", "END"), ("auth", "AUTH"), ("zero", "ZERO")):
         for command in _words(data[key]):
             found[command] = bits["KFLEX_CMD_OK"] | bits[f"KFLEX_CMD_{name}"]
     containers = data["containers"]
@@ -32,6 +32,8 @@ def flags(bits: Mapping[str, int]) -> dict[str, int]:
         found[container.upper()] = bits["KFLEX_CMD_OK"] | bits["KFLEX_CMD_SUB"]
         for sub in _words(subcommands):
             found[f"{container.upper()}|{sub}"] = bits["KFLEX_CMD_OK"]
+    for command in _words(data["secret"]):
+        found[command] |= bits["KFLEX_CMD_SECRET"]
     return found
 
 
