@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
@@ -34,6 +35,39 @@ def _need_root() -> None:
         raise Unavailable("the offload needs root", "kflex-repro offload", "run it with sudo")
 
 
+def _login(command: Callable[..., None]) -> Callable[..., None]:
+    """Options that say who we are to a server with a password; the password itself is never an argument."""
+    for option in (
+        click.option("--askpass", is_flag=True, help="Ask for the password at the terminal."),
+        click.option(
+            "--user",
+            metavar="NAME",
+            help="Redis user that may run INFO (default: default). Password: $REDISCLI_AUTH, or --askpass.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _ask_login(user: str | None, askpass: bool) -> target.Login | None:
+    if askpass:
+        try:
+            password = click.prompt(
+                "Redis password", hide_input=True, err=True, default="", show_default=False
+            )
+        except click.Abort:
+            raise KflexError("no password was given", "--askpass", "or put it into REDISCLI_AUTH") from None
+    elif found := os.environ.get("REDISCLI_AUTH"):
+        password = found
+    elif user is not None:
+        raise KflexError(
+            f"no password for user {user!r}", "--user", "--askpass, or put it into REDISCLI_AUTH"
+        )
+    else:
+        return None
+    return target.Login(user or "default", password)
+
+
 @group.command()
 @_PORT
 @click.option("--host", default="127.0.0.1", show_default=True, help="A local address of the server.")
@@ -44,15 +78,19 @@ def _need_root() -> None:
     metavar="SIZE",
     help="RAM for the table: auto (an eighth of what is free, at most 1g), or e.g. 256m. Taken at once.",
 )
+@_login
 @click.option("--dry-run", is_flag=True, help="Say what would be done; change nothing.")
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON.")
-def start(port: int, host: str, table_size: str, dry_run: bool, as_json: bool) -> None:
+def start(
+    port: int, host: str, table_size: str, user: str | None, askpass: bool, dry_run: bool, as_json: bool
+) -> None:
     """Start (idempotent). It stays when this command ends, and ends with `stop` or with the server."""
     _need_root()
+    login = _ask_login(user, askpass)
     size = table.parse_size(table_size)
     plan = table.plan(size if size is not None else table.auto(table.available()))
     if dry_run:
-        found = target.probe(port, host)
+        found = target.probe(port, host, login=login)
         session.check_coherent(found)
         known = session.find(port)
         click.echo(
@@ -62,7 +100,7 @@ def start(port: int, host: str, table_size: str, dry_run: bool, as_json: bool) -
         )
         return
     with Console(stderr=True).status("attaching"):
-        made = session.start(port, host, table_bytes=size)
+        made = session.start(port, host, table_bytes=size, login=login)
     try:
         if as_json:
             click.echo(json.dumps(status.as_dict(made), indent=2))

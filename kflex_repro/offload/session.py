@@ -102,8 +102,7 @@ class Session:
     @property
     def allow(self) -> frozenset[str]:
         """What the rules allow now: of ``get`` and ``set``."""
-        bits = int(self._ctl.allow)
-        return frozenset(n for n in ("get", "set") if bits & self._const(f"KFLEX_ALLOW_{n.upper()}"))
+        return self._permitted(int(self._ctl.allow))
 
     @property
     def rules(self) -> tuple[str, ...]:
@@ -115,6 +114,21 @@ class Session:
             for name, bit in names.items()
             if name != "KFLEX_RULE_COUNT" and bits >> bit & 1
         )
+
+    def users(self) -> dict[str, frozenset[str]]:
+        """Users of the server whose GETs or SETs may be served: name -> of ``get`` and ``set``."""
+        found = {}
+        for slot in range(int(self._ctl.users)):
+            what = self._permitted(int(self._ctl.user_allow[slot]))
+            if what:
+                name = bytes(self._ctl.user[slot]).rstrip(b"\0")
+                found[name.decode(errors="backslashreplace")] = what
+        return found
+
+    @property
+    def users_full(self) -> bool:
+        """Whether the table knows as many names of users as it can: further ones are not served."""
+        return int(self._ctl.users) >= self._const("KFLEX_USER_OPEN")
 
     def stats(self) -> dict[str, int]:
         """Counters since attach: served_get, served_set, passed (requests), why_* (messages), module."""
@@ -181,6 +195,9 @@ class Session:
             return [conn for conn, waiting in struct.iter_unpack("II", opened.read_iter()) if waiting]
         finally:
             opened.destroy()
+
+    def _permitted(self, bits: int) -> frozenset[str]:
+        return frozenset(n for n in ("get", "set") if bits & self._const(f"KFLEX_ALLOW_{n.upper()}"))
 
     def _const(self, name: str) -> int:
         return self._btf.constants()[name]
@@ -347,16 +364,18 @@ def start(
     table_bytes: int | None = None,
     mode: str = "coherent",
     built: build.Built | None = None,
+    login: target.Login | None = None,
 ) -> Session:
     """Serve GET and SET of the redis-server at ``port`` from the kernel.
 
     The server must be a Redis 7.0 with kflex.so loaded (mode ``store``, for benchmarks only: without). Where
     it is attached already, that session is returned. ``table_bytes``: RAM for the table, None for an eighth
-    of what is free. KflexError, with nothing left behind, for whatever is in the way.
+    of what is free. ``login``: as whom to ask the server what it is, where it wants a password. KflexError,
+    with nothing left behind, for whatever is in the way.
     """
     if os.geteuid() != 0:
         raise Unavailable("the offload needs root", "offload start", "run it with sudo")
-    found = target.probe(port, host)
+    found = target.probe(port, host, login=login)
     if mode == "coherent":
         check_coherent(found)
     made = built or build.ensure()
@@ -504,6 +523,8 @@ def _fill(
     if mode == "store":
         ctl.allow = const["KFLEX_ALLOW_GET"] | const["KFLEX_ALLOW_SET"]
         ctl.gate = 1
+        ctl.user_allow[const["KFLEX_USER_OPEN"]] = ctl.allow
+        ctl.default_open = 1
     else:
         ctl.disabled = const["KFLEX_DETACHED"]
     for i in range(const["KFLEX_MAX_CONNS"]):

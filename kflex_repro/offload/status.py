@@ -12,6 +12,8 @@ from rich.text import Text
 from kflex_repro.errors import KflexError
 from kflex_repro.offload.session import Session
 
+_USERS_SHOWN = 8
+
 # Why a message was passed to Redis, in words.
 WHY = {
     "why_off": "the rules or a stop forbid it",
@@ -29,7 +31,7 @@ WHY = {
     "why_nomem": "no page for the reply",
     "why_backlog": "too many unread replies",
     "why_closing": "connection closing",
-    "why_user": "its user may not GET and SET every key",
+    "why_user": "not logged in, or its user may not do that with every key",
     "why_demoted": "demoted connection",
 }
 
@@ -39,7 +41,7 @@ RULES = {
     "module": "another module is loaded",
     "cluster": "cluster mode",
     "replica": "the server is a replica",
-    "auth": "the default user is not nopass ~* +@all (requirepass or ACL)",
+    "auth": "no user may GET or SET every key (ACL)",
     "renamed": "GET, SET or CONFIG renamed or disabled",
     "timeout": "timeout is not 0: kernel-served clients look idle",
     "monitor": "a MONITOR client is connected",
@@ -78,6 +80,8 @@ def as_dict(session: Session) -> dict[str, Any]:
         "server_alive": session.server_alive,
         "state": session.disabled,
         "serves": sorted(session.allow) if session.disabled == "on" else [],
+        "users": {name: sorted(what) for name, what in session.users().items()},
+        "users_full": session.users_full,
         "rules": {rule: RULES.get(rule, rule) for rule in session.rules},
         "table_bytes": session.table_bytes,
         "gate_open_ratio": round(session.gate_open_ratio, 4),
@@ -105,6 +109,7 @@ def render(data: Mapping[str, Any]) -> RenderableType:
     head.add_row("state", state)
     for text in data["rules"].values():
         head.add_row("", f"because {text}")
+    head.add_row("users", _users(data))
     head.add_row(
         "served",
         f"{data['served_share']:.1%} of {stats['served_get'] + stats['served_set'] + stats['passed']:,}",
@@ -131,3 +136,19 @@ def render(data: Mapping[str, Any]) -> RenderableType:
         if stats[key]:
             reasons.add_row(text, f"{stats[key]:,}")
     return Group(head, reasons) if reasons.row_count else head
+
+
+def _users(data: Mapping[str, Any]) -> Text:
+    """Whose requests may be served: with many users, how many more there are."""
+    names = []
+    for name, what in data["users"].items():
+        # A terminal obeys what some names hold.
+        shown = name if name.isprintable() else repr(name)[1:-1]
+        names.append(shown if what == ["get", "set"] else f"{shown} ({what[0].upper()} only)")
+    shown = ", ".join(names[:_USERS_SHOWN]) or "none"
+    if len(names) > _USERS_SHOWN:
+        shown += f" and {len(names) - _USERS_SHOWN} more"
+    if data["users_full"]:
+        shown += "; no room for other names until the next start"
+    # Not markup: a name may hold brackets.
+    return Text(shown)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import redis
@@ -12,7 +12,18 @@ from redis.retry import Retry
 
 from kflex_repro.errors import KflexError
 
+_NO_LOGIN = (
+    "give it: --askpass, or in the environment variable REDISCLI_AUTH (--user NAME for another than default)"
+)
 LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
+
+
+@dataclass(frozen=True)
+class Login:
+    """As whom the toolkit talks to a server."""
+
+    user: str = "default"
+    password: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True)
@@ -33,8 +44,11 @@ class Target:
         return f"{self.port}-{self.run_id[:12]}"
 
 
-def probe(port: int, host: str = "127.0.0.1", timeout: float = 3.0) -> Target:
-    """Ask the server at ``host:port`` who it is; KflexError for whatever is not a usable Redis."""
+def probe(port: int, host: str = "127.0.0.1", timeout: float = 3.0, login: Login | None = None) -> Target:
+    """Ask the server at ``host:port`` who it is, after ``login`` if given.
+
+    KflexError for whatever is not a usable Redis, or does not let us in.
+    """
     where = f"{host}:{port}"
     client = redis.Redis(
         host=host,
@@ -44,13 +58,26 @@ def probe(port: int, host: str = "127.0.0.1", timeout: float = 3.0) -> Target:
         retry=Retry(NoBackoff(), 0),
         decode_responses=True,
         protocol=2,
+        # With the user's name, because a default user without a password refuses an AUTH that names nobody.
+        username=login.user if login else None,
+        password=login.password if login else None,
     )
     try:
         server = client.info("server")
         module = client.info("kflex")
     except redis.exceptions.AuthenticationError as error:
+        if login:
+            raise KflexError(
+                f"the server does not let user {login.user!r} in: {error}",
+                where,
+                "check --user and the password",
+            ) from None
+        raise KflexError("the server wants a password", where, _NO_LOGIN) from None
+    except redis.exceptions.NoPermissionError as error:
         raise KflexError(
-            f"the server wants a password ({error})", where, "the offload serves password-less servers so far"
+            f"user {login.user if login else 'default'!r} may not ask who the server is: {error}",
+            where,
+            "give that user +info, or take another one: --user NAME",
         ) from None
     except redis.exceptions.TimeoutError:
         raise KflexError(

@@ -22,6 +22,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from kflex_repro.errors import KflexError, Unavailable
+from kflex_repro.redis.resp import encode_command
 
 # Versions whose event loop was read and found to order module events, commands and replies as the gate needs.
 KNOWN_GOOD = frozenset({(7, 0)})
@@ -82,7 +83,8 @@ class ManagedServer:
     ``args`` are appended to the command line (``["--appendonly", "yes"]``) and override ours: no RDB, no AOF,
     no daemon. ``port`` None picks a free one. ``unix`` adds a unix socket. In a ``netns`` it is reached over
     its unix socket, which does not care about network namespaces. ``dir`` is kept; without it the server
-    works in a temporary directory that stop() removes. It is sent SIGTERM if the thread that started it dies.
+    works in a temporary directory that stop() removes. ``password`` is the default user's; the server reads
+    it from a file of mode 0600. It is sent SIGTERM if the thread that started it dies.
     """
 
     def __init__(
@@ -95,7 +97,9 @@ class ManagedServer:
         netns: str | None = None,
         bind: str = "127.0.0.1 -::1",
         dir: Path | None = None,
+        password: str | None = None,
     ) -> None:
+        self.password = password
         self._args = list(args)
         self._module, self._module_args = module, list(module_args)
         self._fixed_port, self._port = port, port
@@ -148,7 +152,8 @@ class ManagedServer:
     def args(self) -> list[str]:
         """The command line it is started with."""
         command = [
-            *(str(redis_binary()), "--port", str(self._port), "--bind", *self._bind.split()),
+            *(str(redis_binary()), *([str(self._secrets)] if self.password else [])),
+            *("--port", str(self._port), "--bind", *self._bind.split()),
             *("--dir", str(self.dir), "--save", "", "--appendonly", "no", "--daemonize", "no"),
         ]
         if self.unix_path:
@@ -156,6 +161,12 @@ class ManagedServer:
         if self._module:
             command += ["--loadmodule", str(self._module), *self._module_args]
         return [*command, *self._args]
+
+    @property
+    def _secrets(self) -> Path:
+        """What must not be on a command line, as a redis.conf."""
+        assert self._home is not None
+        return self._home / "secret.conf"
 
     # --- life ----------------------------------------------------------------------------------------------
 
@@ -168,6 +179,9 @@ class ManagedServer:
             raise KflexError("the redis-server runs already", f"pid {self.pid}")
         if self._home is None:
             self._home = Path(tempfile.mkdtemp(prefix="kflex-redis-"))
+            if self.password is not None:
+                self._secrets.touch(mode=0o600)
+                self._secrets.write_text(f"requirepass {_quoted(self.password)}\n")
         for attempt in range(_ATTEMPTS):
             # Only a first start may choose: clients of an earlier one know the port.
             if self._port is None or (attempt and self._fixed_port is None):
@@ -221,13 +235,17 @@ class ManagedServer:
         try:
             with self._connect() as probe:
                 probe.settimeout(1)
+                if self.password is not None:
+                    probe.sendall(encode_command("AUTH", self.password))
+                    if not probe.recv(64).startswith(b"+OK"):
+                        return False
                 probe.sendall(b"PING\r\n")
                 reply = probe.recv(64)
                 if reply.startswith(b"+PONG"):
                     return self._is_ours(probe)
         except OSError:
             return False
-        # A password also means that it is up; -LOADING does not.
+        # A password that we do not know also means that it is up; -LOADING does not.
         return reply.startswith(b"-NOAUTH")
 
     def _is_ours(self, probe: socket.socket) -> bool:
@@ -266,7 +284,12 @@ class ManagedServer:
         return " | ".join((said or [line.strip() for line in lines])[-count:])
 
     def client(self, **kw: Any) -> redis.Redis:
-        """A redis-py client: bytes in and out, nothing sent twice; over the unix socket in a netns."""
+        """A redis-py client: bytes in and out, nothing sent twice; over the unix socket in a netns.
+
+        It logs in as the default user if there is a password, and no ``username`` or ``password`` is given.
+        """
+        if "username" not in kw:
+            kw.setdefault("password", self.password)
         kw.setdefault("retry", Retry(NoBackoff(), 0))
         kw.setdefault("socket_timeout", 30)
         kw.setdefault("decode_responses", False)
@@ -301,6 +324,11 @@ class ManagedServer:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def _quoted(text: str) -> str:
+    """A word for redis.conf, whatever is in it (sdssplitargs)."""
+    return '"' + "".join(f"\\x{byte:02x}" for byte in text.encode()) + '"'
 
 
 class _PortTaken(Exception):

@@ -211,6 +211,8 @@ class Sut:
     def info(self) -> dict[str, str]:
         """INFO kflex, without the module's prefix; empty on a plain server."""
         with Conn(self.port) as conn:
+            if self.server.password is not None:
+                assert conn.do("AUTH", self.server.password) == b"OK"
             text = conn.do("INFO", "kflex")
         assert isinstance(text, bytes)
         pairs = (line.split(":", 1) for line in text.decode().splitlines() if ":" in line)
@@ -298,10 +300,12 @@ def offloaded_server(
     need_offload()
     from kflex_repro import build
     from kflex_repro.offload import session as offload
+    from kflex_repro.offload.target import Login
 
     built = build.ensure(defines=dict(defines or {}))
     with _managed(args, built.module, **kw) as server:
-        session = offload.start(server.port, table_bytes=table_bytes, built=built)
+        login = None if server.password is None else Login(password=server.password)
+        session = offload.start(server.port, table_bytes=table_bytes, built=built, login=login)
         sut = Sut(server, session)
         try:
             yield sut

@@ -215,7 +215,6 @@ def ends_service(sut: Sut, conn: Conn) -> bool:
         [("BLPOP", "nothing here", "0.01")],
         [("WAIT", "0", "0")],
         [("NOSUCHCOMMAND",)],
-        [("AUTH", "x")],
         [("ASKING",)],
     ],
     ids=lambda commands: " ".join(commands[0]),
@@ -261,6 +260,8 @@ def test_client_reply_off_and_skip(sut: Sut, key: str) -> None:
         ("HELLO",),
         ("HELLO", "3"),
         ("HELLO", "2"),
+        ("HELLO", "2", "SETNAME", "me"),
+        ("AUTH", "x"),
         ("WATCH", "k"),
         ("UNWATCH",),
         ("PUBLISH", "c", "x"),
@@ -294,7 +295,7 @@ def test_every_command_of_the_server_is_reviewed(sut: Sut, conn: Conn) -> None:
 
     bits = {
         f"KFLEX_CMD_{name}": 1 << at
-        for at, name in enumerate(("OK", "MULTI", "END", "SUB", "ZERO", "SHORT", "TABLE"))
+        for at, name in enumerate(("OK", "MULTI", "END", "SUB", "ZERO", "SECRET", "TABLE", "AUTH"))
     }
     allowed = {name.partition("|")[0].lower() for name in commands.flags(bits)}
     left_out = {name.lower() for name in commands.demoting()}

@@ -40,12 +40,22 @@ def test_starts_answers_and_leaves_nothing() -> None:
 
 
 def test_unix_socket_and_arguments() -> None:
-    with ManagedServer(["--maxclients", "77", "--requirepass", "secret"], unix=True) as managed:
+    with ManagedServer(["--maxclients", "77"], unix=True) as managed:
         assert managed.unix_path is not None and managed.unix_path.is_socket()
-        with pytest.raises(redis.AuthenticationError):
-            managed.client().get("key")
-        client = redis.Redis(unix_socket_path=str(managed.unix_path), password="secret")
+        client = redis.Redis(unix_socket_path=str(managed.unix_path))
         assert client.config_get("maxclients") == {"maxclients": "77"}
+
+
+def test_a_password_is_on_no_command_line() -> None:
+    secret = 'hush "\\ \tä'
+    with ManagedServer(password=secret) as managed:
+        assert managed.client().get("key") is None
+        assert managed.client().config_get("requirepass") == {"requirepass": secret}
+        with pytest.raises(redis.AuthenticationError):
+            managed.client(password=None).get("key")
+        assert b"hush" not in Path(f"/proc/{managed.pid}/cmdline").read_bytes()
+        (holder,) = (path for path in managed.dir.iterdir() if b"requirepass" in path.read_bytes())
+        assert holder.stat().st_mode & 0o777 == 0o600
 
 
 def test_two_at_once_get_their_own_ports() -> None:
