@@ -280,6 +280,7 @@ static void on_info(RedisModuleInfoCtx *info, int crash)
 		return;
 	RedisModule_InfoAddFieldULongLong(info, "allow", K.ctl->allow);
 	RedisModule_InfoAddFieldULongLong(info, "rules", K.ctl->rules);
+	RedisModule_InfoAddFieldLongLong(info, "users_served", K.served_users);
 	RedisModule_InfoAddFieldULongLong(info, "served_get", total(KFLEX_STAT_SERVED_GET));
 	RedisModule_InfoAddFieldULongLong(info, "served_set", total(KFLEX_STAT_SERVED_SET));
 	RedisModule_InfoAddFieldULongLong(info, "passed", total(KFLEX_STAT_PASSED));

@@ -37,7 +37,8 @@ struct kflex_module {
 	int unmarked;			/* the AOF does not name this table yet */
 	uint64_t checked_ns;		/* when the journal was last checked */
 	int recheck;			/* the rules must be looked at before the gate may open again */
-	int queued_admin;		/* an administrative command went into a transaction */
+	int queued_admin;		/* an administrative command may be in a transaction */
+	uint64_t queued_checked_ns;	/* when that was last looked at */
 	int renamed;			/* GET or SET does not answer to its name */
 	int served_users;		/* users that may GET or SET every key */
 	int monitor_possible;		/* a MONITOR was seen and not yet found gone */

@@ -100,8 +100,8 @@ static int command_missing(RedisModuleCtx *ctx, const char *name)
 	return missing;
 }
 
-/* MONITOR clients show as flag O in CLIENT LIST. */
-static int monitor_exists(RedisModuleCtx *ctx)
+/* Is there a client with this flag in CLIENT LIST: O in MONITOR, x in MULTI? */
+static int client_with(RedisModuleCtx *ctx, char flag)
 {
 	RedisModuleCallReply *reply = RedisModule_Call(ctx, "CLIENT", "c", "LIST");
 	const char *text, *at, *end;
@@ -114,7 +114,7 @@ static int monitor_exists(RedisModuleCtx *ctx)
 		if (!at)
 			break;
 		for (at += 7; at < end && *at != ' '; at++)
-			found |= *at == 'O';
+			found |= *at == flag;
 	}
 	if (reply)
 		RedisModule_FreeCallReply(reply);
@@ -128,9 +128,11 @@ static int info_is(RedisModuleServerInfoData *info, const char *field, const cha
 	return value && !strcmp(value, want);
 }
 
-/* What cannot change while the server runs. */
+/* What cannot change while the server runs, and what cannot be known of the time before. */
 void kflex_rules_attach(RedisModuleCtx *ctx)
 {
+	K.queued_admin = 1;
+	K.queued_checked_ns = 0;
 	K.monitor_possible = 1;
 	K.renamed = command_missing(ctx, "get") || command_missing(ctx, "set");
 }
@@ -153,6 +155,11 @@ void kflex_rules_check(RedisModuleCtx *ctx)
 	RULE(MODULE, other_module_loaded(ctx));
 	RULE(CLUSTER, info_is(server, "redis_mode", "cluster"));
 	RULE(REPLICA, !info_is(replication, "role", "master"));
+	/* What was queued has run, or never will, when nobody is in a transaction. */
+	if (K.queued_admin && now_ns() - K.queued_checked_ns > 1000000000u) {
+		K.queued_checked_ns = now_ns();
+		K.queued_admin = client_with(ctx, 'x');
+	}
 	/* Nothing but a command changes users. */
 	if (K.ctl->rules & 1u << KFLEX_RULE_RECHECK || !K.ctl->users)
 		K.served_users = kflex_users_check(ctx);
@@ -160,7 +167,7 @@ void kflex_rules_check(RedisModuleCtx *ctx)
 	RULE(RENAMED, K.renamed);
 	RULE(TIMEOUT, !config_is(ctx, "timeout", "0", &unknown));
 	if (K.monitor_possible)
-		K.monitor_possible = monitor_exists(ctx);
+		K.monitor_possible = client_with(ctx, 'O');
 	RULE(MONITOR, K.monitor_possible);
 	RULE(PAUSED, RedisModule_AvoidReplicaTraffic());
 	RULE(LOADING, !info_is(persistence, "loading", "0"));

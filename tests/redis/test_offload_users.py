@@ -21,13 +21,18 @@ import pytest
 import redis
 import redis.asyncio
 
+from kflex_repro import build
+from kflex_repro.offload import session as offload
 from kflex_repro.offload.target import Login, probe
 from kflex_repro.redis.resp import ErrorReply, Map, Reply, encode_command, encode_pipeline, strictly_equal
+from kflex_repro.redis.server import ManagedServer
 from tests.redis.harness import (
     PLAIN_ONLY,
+    Conn,
     Sut,
     cli,
     eventually,
+    need_offload,
     offloaded_server,
     plain_server,
 )
@@ -502,6 +507,38 @@ def test_rights_are_taken_in_a_transaction(lab: Lab) -> None:
     lab.admin.pipeline(("MULTI",), ("ACL", "SETUSER", "somebody", "-get"), ("EXEC",))
     conn.refused("NOPERM", "GET", "k")
     conn.served(get=False)
+
+
+def test_rights_are_taken_by_what_was_queued_before_the_start() -> None:
+    """The module did not see it go into the transaction, but sees its EXEC."""
+    need_offload()
+    built = build.ensure()
+    with ManagedServer(module=built.module) as server, Conn(server.port) as admin:
+        assert admin.pipeline(("MULTI",), ("ACL", "SETUSER", "default", "-get")) == [b"OK", b"QUEUED"]
+        with offload.start(server.port, table_bytes=64 << 20, built=built) as session:
+            sut = Sut(server, session)
+            conn = sut.connect()
+            sut.must_serve(conn, ("SET", "k", "v"))
+            assert admin.do("EXEC") == [b"OK"]
+            assert isinstance(conn.do("GET", "k"), ErrorReply)
+            assert not sut.serves_get(conn, "k")
+            sut.must_serve(conn, ("SET", "k", "v"))
+            sut.hang_up()
+
+
+def test_transactions_are_not_suspected_for_ever(lab: Lab) -> None:
+    """An EXEC may run what was queued, and stops service for a moment: only while there can be such a thing."""
+    if not lab.sut.offloaded:
+        pytest.skip("a plain server stops nothing")
+    lab.admin.ok("CONFIG", "SET", "slowlog-max-len", "100")
+    conn = lab.connect().login()
+
+    def unsuspected() -> bool:
+        before = lab.sut.session._ctl.default_open
+        conn.pipeline(("MULTI",), ("GET", "k"), ("EXEC",))
+        return lab.sut.session._ctl.default_open == before
+
+    eventually(unsuspected, timeout=10, every=0.05, what="an EXEC that is taken for harmless")
 
 
 def test_the_default_user_is_restricted_and_set_free(lab: Lab) -> None:
