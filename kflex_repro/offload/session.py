@@ -306,12 +306,13 @@ class Session:
         return ""
 
     def _discard(self) -> None:
-        """Take off a session that nobody is served by any more; the lock of start() and stop() is held."""
+        """Take off a session that nobody is served by any more. start() holds the lock, and so needs our
+        directory still."""
         self._disable(1.0)
         _synchronize_rcu()
-        self._remove()
+        self._remove(leave_root=False)
 
-    def _remove(self) -> None:
+    def _remove(self, leave_root: bool = True) -> None:
         """Everything out of the kernel. Works on whatever is left of a session."""
         programs: list[int] = []
         for name in (*_TRACING, _ENROL, _UNREAD):
@@ -334,7 +335,8 @@ class Session:
                 fs.unpin(path)
             self.pin_dir.rmdir()
         _wait_gone(programs)
-        _leave_root(self.pin_dir.parent)
+        if leave_root:
+            _leave_root(self.pin_dir.parent)
 
     def close(self) -> None:
         """Let go of our descriptors; what is pinned stays."""
@@ -379,8 +381,7 @@ def start(
     if mode == "coherent":
         check_coherent(found)
     made = built or build.ensure()
-    root = _enter_root()
-    with _locked(root):
+    with _entered() as root:
         same: list[Session] = []
         stale: list[Session] = []
         for session in attached():
@@ -399,9 +400,6 @@ def start(
         if same:
             # Pins without a module behind them: a start that was killed half-way.
             same[0]._discard()
-            root = _enter_root()
-        if not root.exists():
-            root = _enter_root()
         size = table_bytes if table_bytes is not None else table.auto(table.available())
         return _start(found, root / found.server_id, table.plan(size), mode, made)
 
@@ -554,7 +552,15 @@ def attached() -> list[Session]:
     if not places:
         return []
     layouts = _btf()
-    return [Session(path, layouts) for path in places]
+    found = []
+    for path in places:
+        try:
+            found.append(Session(path, layouts))
+        except KflexError:
+            # A stop may be taking it away as we look.
+            if path.exists():
+                raise
+    return found
 
 
 def tidy() -> None:
@@ -594,7 +600,9 @@ def _enter_root() -> Path:
     """Our directory on bpffs; mounts bpffs where no one has."""
     ours = fs.bpffs_root() is None
     root = fs.ensure_bpffs() / _ROOT_NAME
-    root.mkdir(exist_ok=True)
+    # Not exist_ok: that raises when another process removes it at this moment.
+    with contextlib.suppress(FileExistsError):
+        root.mkdir()
     if ours:
         (root / _MOUNTED).mkdir()
     return root
@@ -613,26 +621,45 @@ def _leave_root(root: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """One start or stop at a time on this host."""
-    try:
-        fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
-        yield
-        return
-    try:
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+def _entered() -> Iterator[Path]:
+    """Our directory on bpffs, made if need be, and locked."""
+    while True:
+        root = _enter_root()
+        with _locked(root) as locked:
+            # Else another process has removed it meanwhile.
+            if locked:
+                yield root
+                return
+
+
+@contextlib.contextmanager
+def _locked(root: Path) -> Iterator[bool]:
+    """One start or stop at a time on this host. False, and no lock, where there is no such directory."""
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            yield False
+            return
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever had the lock may have removed the directory: then it is a lock on nothing.
+            if os.path.samestat(os.fstat(fd), root.stat()):
                 break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise KflexError(
-                        "another offload start or stop is running", str(root), "wait until it has finished"
-                    ) from None
-                time.sleep(0.02)
-        yield
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        except BaseException:
+            os.close(fd)
+            raise
+        os.close(fd)
+        if time.monotonic() > deadline:
+            raise KflexError(
+                "another offload start or stop is running", str(root), "wait until it has finished"
+            )
+        time.sleep(0.02)
+    try:
+        yield True
     finally:
         os.close(fd)
 
