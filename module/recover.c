@@ -123,12 +123,15 @@ static int owner_alive(const struct kflex_ctl *ctl)
 	return started == ctl->start_time;
 }
 
-/* The AOF file that a server without open files yet will append to: the newest of its directory. Inode, and size. */
-static int newest_aof(RedisModuleCtx *ctx, struct stat *st)
+/*
+ * The AOF file that the dead server was appending to, if it is the newest of its directory that holds anything: a rewrite
+ * opens the next one before it forks, and the module learns of it after the fork.
+ */
+static int last_aof(RedisModuleCtx *ctx, uint64_t ino, struct stat *st)
 {
 	RedisModuleCallReply *reply = RedisModule_Call(ctx, "CONFIG", "cc", "GET", "appenddirname");
 	char dir[1024] = "", path[2048];
-	long best = -1;
+	long last = -1, other = -1;
 	struct dirent *d;
 	DIR *files;
 
@@ -154,20 +157,24 @@ static int newest_aof(RedisModuleCtx *ctx, struct stat *st)
 			incr--;
 		seq = atol(incr);
 		snprintf(path, sizeof(path), "%s/%s", dir, d->d_name);
-		if (seq > best && !stat(path, &one)) {
-			best = seq;
+		if (stat(path, &one))
+			continue;
+		if (one.st_ino == ino) {
+			last = seq;
 			*st = one;
+		} else if (one.st_size && seq > other) {
+			other = seq;
 		}
 	}
 	if (files)
 		closedir(files);
-	return best >= 0;
+	return last > other;
 }
 
 /* Why what the table holds must not be applied, NULL: it may. */
 static const char *foreign(RedisModuleCtx *ctx, const struct kflex_ctl *ctl, int aof)
 {
-	struct stat st;
+	struct stat st = {0};
 
 	if (!ctl->durable)
 		return "it was accepted without AOF, which promises nothing";
@@ -184,11 +191,9 @@ static const char *foreign(RedisModuleCtx *ctx, const struct kflex_ctl *ctl, int
 	if (R.marker_cut < ctl->journal_cut)
 		return "the AOF is older than the table: an earlier copy, or cut off before what had been written";
 #endif
-	if (!ctl->death_ino)
-		return NULL; /* the hook that notes it was off: the marker must do */
-	if (!newest_aof(ctx, &st))
-		return "the AOF's files cannot be read";
-	if (st.st_ino != ctl->death_ino)
+	if (!ctl->death_ino || ctl->death_ino != ctl->aof_ino)
+		return NULL; /* the hook that notes it was off, or the file just closed: the marker must do */
+	if (!last_aof(ctx, ctl->death_ino, &st))
 		return "the AOF was rewritten or copied since the server ended";
 	if ((uint64_t)st.st_size > ctl->death_size)
 		return "another server has written to the AOF since";

@@ -1,10 +1,13 @@
 """A load that keeps books: what was acknowledged, and what may or may not have happened when a server died.
 
-Each client process owns keys that nobody else writes, one connection per owner, one command at a time. So of every key it is
-known what it must hold: what its last acknowledged command made of it. Of one key of each owner, the one of the command
+Each client process owns keys that nobody else writes, one connection per owner, one command at a time. So
+of every key it is
+known what it must hold: what its last acknowledged command made of it. Of one key of each owner, the one of
+the command
 that was sent and not answered, two values are right.
 
-*Rings* are keys that one owner sets to 1, 2, 3, … in turn: ring of width 2: A=1 B=2 A=3 B=4 …. Whatever is cut off anywhere
+*Rings* are keys that one owner sets to 1, 2, 3, … in turn: ring of width 2: A=1 B=2 A=3 B=4 …. Whatever is
+cut off anywhere
 must hold the values after one of these steps, never a later one without an earlier: "a state that existed".
 """
 
@@ -35,7 +38,8 @@ PAD = b"~"
 
 @dataclass
 class Book:
-    """What must be in Redis. ``doubtful``: the keys whose last command was not answered, and the value it would
+    """What must be in Redis. ``doubtful``: the keys whose last command was not answered, and the value it
+    would
     have made."""
 
     known: dict[bytes, Value] = field(default_factory=dict)
@@ -137,7 +141,9 @@ class Owner:
         return b"o%d:%s" % (self.number, name)
 
     def one(self) -> None:
-        """One command, its reply, and what the two say of the key. ConnectionError when the server has gone."""
+        """One command, its reply, and what the two say of the key. ConnectionError when the server has
+        gone.
+        """
         self.step_number += 1
         args, key, becomes, reply = self._hammer() if self.passing == 1 else self._mostly_set()
         self.doubtful = {key: becomes}
@@ -208,7 +214,8 @@ class Owner:
 class Load:
     """Owners in processes of their own, until told to stop or until the server has gone.
 
-    The first ``hammers`` owners send only commands that pass, in bursts; the others SETs, and ``passing`` of their commands
+    The first ``hammers`` owners send only commands that pass, in bursts; the others SETs, and ``passing``
+    of their commands
     are others. Goes on with the data that ``book`` describes.
     """
 
@@ -250,7 +257,8 @@ class Load:
                 owners.append(Owner(port, number, self.book, seeded, share))
             while not self._stop.is_set():
                 for owner in owners:
-                    # A hammer that never rests would keep the gate closed: bursts, and pauses in which SETs are served.
+                    # A hammer that never rests would keep the gate closed: bursts, and pauses in which SETs
+                    # are served.
                     if owner.passing == 1 and rng.random() < 0.6:
                         continue
                     for _ in range(rng.randrange(1, 40)):
@@ -334,18 +342,23 @@ def digest(port: int) -> bytes:
 
 
 def quiesce(port: int) -> bytes:
-    """Nothing the kernel has accepted is missing in Redis, the AOF or the replicas' stream; the digest then."""
+    """Nothing the kernel has accepted is missing in Redis, the AOF or the replicas' stream; the digest
+    then.
+    """
     with Conn(port) as conn:
-        # A command that passes: whatever was acknowledged before is drained first, and written before it is answered.
+        # A command that passes: whatever was acknowledged before is drained first, and written before it is
+        # answered.
         assert conn.do("SET", "quiesce", "now", "EX", "1000") == b"OK"
         assert conn.do("DEL", "quiesce") == 1
     return digest(port)
 
 
 def moment_without_fsync(port: int, timeout: float = 20.0) -> float:
-    """Waits for a moment at which Redis, with appendfsync everysec, writes before it replies; how long it lasts, seconds.
+    """Waits for a moment at which Redis, with appendfsync everysec, writes before it replies; how long it
+    lasts, seconds.
 
-    While the fsync of each second runs, Redis itself only buffers (flushAppendOnlyFile): kill -9 then loses, with the
+    While the fsync of each second runs, Redis itself only buffers (flushAppendOnlyFile): kill -9 then
+    loses, with the
     offload or without it. That fsync starts with the first write of a wall-clock second.
     """
     deadline = time.monotonic() + timeout
@@ -378,7 +391,9 @@ def incr_file(directory: Path) -> Path:
 
 
 def aof_units(data: bytes) -> Iterator[tuple[int, list[list[bytes]]]]:
-    """What Redis replays as one: a command, or MULTI … EXEC; with the offset at which it ends. Stops where the file does."""
+    """What Redis replays as one: a command, or MULTI … EXEC; with the offset at which it ends. Stops where
+    the file does.
+    """
     decoder = Decoder()
     decoder.feed(data)
     unit: list[list[bytes]] = []

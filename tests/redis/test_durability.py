@@ -1,4 +1,5 @@
-"""kill -9 of the server, of the toolkit, of both: with AOF nothing acknowledged is lost, and no deleted key rises.
+"""kill -9 of the server, of the toolkit, of both: with AOF nothing acknowledged is lost, and no deleted key
+rises.
 
 KFLEX_TEST_SERVER=plain kills a plain redis-server instead: it keeps the same promises.
 """
@@ -351,7 +352,9 @@ def test_killed_when_redis_could_not_even_drain() -> None:
 
 @only_offloaded
 def test_killed_again_while_it_recovers() -> None:
-    """At any moment of the restart, before the AOF holds what is recovered and after: the next one is right."""
+    """At any moment of the restart, before the AOF holds what is recovered and after: the next one is
+    right.
+    """
     generator = random.Random(5)
     with rig() as r:
         book = Book()
@@ -442,7 +445,9 @@ def test_detached_under_load(what: str) -> None:
 
 
 def crashed_with_leftovers(r: Rig, keys: int = 50) -> dict[bytes, bytes]:
-    """The server is dead, and these SETs, all that its dataset has, were acknowledged; some only by the kernel."""
+    """The server is dead, and these SETs, all that its dataset has, were acknowledged; some only by the
+    kernel.
+    """
     must = {b"k%d" % n: b"acknowledged %d" % n for n in range(keys)}
     r.attach()
     with Conn(r.port) as conn:
@@ -776,6 +781,22 @@ def test_killed_with_a_rewrite(when: str) -> None:
             must_be_right(book, r.port, f"round {n}, journal {r.killed_with}")
 
 
+@only_offloaded
+def test_killed_between_a_rewrites_new_file_and_its_fork() -> None:
+    """The next file is there, empty, and in the manifest: what a server leaves that is killed at that
+    moment.
+    """
+    with rig() as r:
+        must = crashed_with_leftovers(r)
+        manifest = aof_dir(r.dir) / "appendonly.aof.manifest"
+        (aof_dir(r.dir) / "appendonly.aof.2.incr.aof").touch()
+        with manifest.open("a") as file:
+            file.write("file appendonly.aof.2.incr.aof seq 2 type i\n")
+        r.restart()
+        assert everything(r.port) == must
+        assert r.recovered() > 0
+
+
 def test_aof_switched_on_and_off() -> None:
     """CONFIG SET appendonly while SETs are served: from the end of its first rewrite on, nothing is lost."""
     with rig("--appendonly", "no") as r:
@@ -887,7 +908,9 @@ def ring_keys(owners: int) -> list[bytes]:
 
 
 def torn_off(rounds: int, seed: int) -> None:
-    """A replica whose link breaks at random moments: SETs are served while it is away, and come with the backlog."""
+    """A replica whose link breaks at random moments: SETs are served while it is away, and come with the
+    backlog.
+    """
     generator = random.Random(seed)
     with rig("--repl-backlog-size", "64mb") as r, replica_of(r.port) as replica:
         attach_beside(r)
