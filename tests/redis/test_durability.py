@@ -204,7 +204,7 @@ def toolkit(command: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def killed(victim: str, policy: str, rounds: int, seed: int) -> None:
-    """One series of crashes on one dataset. Every third round goes on without the offload, as after a boot."""
+    """One series of crashes on one dataset. Every third round goes on without the offload."""
     generator = rng("durability", victim, policy, seed)
     with rig(policy=policy) as r:
         book = Book()
