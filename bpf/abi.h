@@ -305,8 +305,8 @@ struct kflex_conn {
 	__u32 plan_reply;  /* bytes of all their replies */
 	__u32 plan_active; /* counted in as a writer */
 	__u32 user;	   /* slot of struct kflex_ctl.user; the server's program changes it */
-	__u32 auth_at;	   /* ordinal of the AUTH or HELLO AUTH that waits for its reply, 0: none */
-	__u32 auth_user;   /* slot that it asks for, KFLEX_AUTH_KEEPS */
+	__u32 auth_at;	   /* ordinal of the AUTH, HELLO AUTH or DISCARD that waits for its reply, 0: none */
+	__u32 auth_user;   /* slot that it asks for, KFLEX_AUTH_KEEPS, KFLEX_AUTH_DISCARD */
 	__u32 proof_at;	   /* ordinal of a request that only an authenticated connection may make, 0: none */
 	__u32 proof_gen;   /* ctl.default_open when it was sent */
 	__u32 adopted;
@@ -346,6 +346,7 @@ enum kflex_cmd_flag {
 	KFLEX_CMD_AUTH = 128,  /* AUTH, HELLO: may change the user */
 };
 
-#define KFLEX_AUTH_KEEPS 64u /* kflex_conn.auth_user: refused, it changes nothing (AUTH; of HELLO one cannot tell) */
+#define KFLEX_AUTH_DISCARD 128u /* kflex_conn.auth_user: it is no AUTH but the DISCARD of a transaction */
+#define KFLEX_AUTH_KEEPS   64u	/* kflex_conn.auth_user: refused, it changes nothing (AUTH; of HELLO one cannot tell) */
 
 #endif

@@ -77,17 +77,23 @@ __noinline int find_user(struct kflex_conn *c)
 	return KFLEX_USER_NONE;
 }
 
-/* The request at hand asks for another user: its reply will tell. Returns 0, or RESP_BAD to demote. */
-static __always_inline int auth_begin(struct kflex_conn *c, struct kflex_parser *p, __u32 user)
+/* What the request at hand changes is for its reply to tell. Returns 0, or RESP_BAD to demote. */
+static __always_inline int await_reply(struct kflex_conn *c, struct kflex_parser *p, __u32 user)
 {
 	__u32 ordinal = p->frames + 1, waiting = READ_ONCE(c->auth_at);
 
-	/* In a transaction its reply is one of EXEC's; two at a time are more than we keep. */
-	if ((c->cflags & KFLEX_C_MULTI) || (waiting && waiting != ordinal) || !ordinal)
+	/* Two at a time are more than we keep. */
+	if ((waiting && waiting != ordinal) || !ordinal)
 		return RESP_BAD;
 	c->auth_user = user;
 	WRITE_ONCE(c->auth_at, ordinal);
 	return 0;
+}
+
+/* The request at hand asks for another user. In a transaction its reply is one of EXEC's. */
+static __always_inline int auth_begin(struct kflex_conn *c, struct kflex_parser *p, __u32 user)
+{
+	return c->cflags & KFLEX_C_MULTI ? RESP_BAD : await_reply(c, p, user);
 }
 
 /* "AUTH [user] password" or "HELLO [version [AUTH user password] [SETNAME name]]" begins: its name has num bytes. */
@@ -178,8 +184,12 @@ static __always_inline int request_bulk(struct feed *f, struct kflex_parser *p)
 		if (p->cmd & KFLEX_CMD_MULTI)
 			c->cflags |= KFLEX_C_MULTI;
 		/* With arguments EXEC and DISCARD are errors, and DISCARD's leaves the transaction open. */
-		if ((p->cmd & KFLEX_CMD_END) && p->argc == 1)
+		if ((p->cmd & KFLEX_CMD_END) && p->argc == 1 && (c->cflags & KFLEX_C_MULTI)) {
 			c->cflags &= ~KFLEX_C_MULTI;
+			/* So does a DISCARD that its user may not run; an EXEC always ends it. */
+			if (num == 7)
+				return await_reply(c, p, KFLEX_AUTH_DISCARD);
+		}
 		return 0;
 	}
 	if (p->argn == p->user_arg) {
@@ -228,7 +238,12 @@ __noinline int settle_user(struct kflex_conn *c, __u32 lead)
 	if (!ordinal)
 		return 0;
 	if (READ_ONCE(c->auth_at) == ordinal) {
-		if (lead == '+' || lead == '%' || lead == '*')
+		if (c->auth_user == KFLEX_AUTH_DISCARD) {
+			if (lead == '-') {
+				c->sflags |= KFLEX_S_DEMOTED;
+				count(k, KFLEX_STAT_DEMOTED);
+			}
+		} else if (lead == '+' || lead == '%' || lead == '*')
 			WRITE_ONCE(c->user, c->auth_user & (KFLEX_MAX_USERS - 1));
 		else if (!(c->auth_user & KFLEX_AUTH_KEEPS))
 			WRITE_ONCE(c->user, KFLEX_USER_NONE);

@@ -35,6 +35,7 @@ from tests.redis.harness import (
     need_offload,
     offloaded_server,
     plain_server,
+    rng,
 )
 
 pytestmark = pytest.mark.bpf
@@ -112,14 +113,25 @@ class Both:
     def closed(self) -> bool:
         return self.ours.closed() and self.theirs.closed()
 
+    def gone(self) -> bool:
+        """Whether Redis has hung up, on both (what is there to read between two replies is its end)."""
+        ends = [not conn.quiet() for conn in (self.ours, self.theirs)]
+        return any(ends) and self.closed()
+
+    def hang_up(self) -> None:
+        self.ours.close()
+        self.theirs.close()
+
 
 def without_identity(reply: Reply) -> Reply:
-    """HELLO's reply names the connection and the modules: what is left is to be the same."""
+    """HELLO's reply names the connection and the modules: what is left is to be the same, also in EXEC's."""
     if isinstance(reply, Map) and reply and reply[0][0] == b"server":
         return Map(pair for pair in reply if pair[0] not in (b"id", b"modules"))
     if isinstance(reply, list) and reply[:1] == [b"server"]:
         pairs = zip(reply[::2], reply[1::2], strict=True)
         return [word for pair in pairs if pair[0] not in (b"id", b"modules") for word in pair]
+    if type(reply) is list:
+        return [without_identity(part) for part in reply]
     return reply
 
 
@@ -385,6 +397,34 @@ def test_auth_inside_a_transaction(lab: Lab) -> None:
     conn.passes()
 
 
+def test_a_transaction_that_its_user_may_not_discard(lab: Lab) -> None:
+    """It stays open, and everything is queued. One that is discarded is over."""
+    lab.user("stuck", "~*", "+@all", "-discard")
+    conn = lab.connect().login("stuck")
+    conn.served()
+    conn.ok("MULTI")
+    conn.refused("NOPERM", "DISCARD")
+    for _ in range(5):
+        assert conn.do("GET", "k") == b"QUEUED"
+    conn.refused("EXECABORT", "EXEC")
+    conn.do("GET", "k")
+    free = lab.connect().login()
+    free.ok("MULTI")
+    free.ok("DISCARD")
+    free.served()
+    free.refused("ERR", "DISCARD")
+    free.served()
+
+
+def test_a_transaction_that_its_user_may_not_execute(lab: Lab) -> None:
+    lab.user("stuck", "~*", "+@all", "-exec")
+    conn = lab.connect().login("stuck")
+    conn.ok("MULTI")
+    assert conn.do("SET", "k", "w") == b"QUEUED"
+    conn.refused("EXECABORT", "EXEC")
+    conn.served()
+
+
 def test_multi_before_auth(lab: Lab) -> None:
     conn = lab.connect()
     conn.refused("NOAUTH", "MULTI")
@@ -509,6 +549,7 @@ def test_rights_are_taken_in_a_transaction(lab: Lab) -> None:
     conn.served(get=False)
 
 
+@pytest.mark.skipif(PLAIN_ONLY, reason="there is nothing to start on a plain server")
 def test_rights_are_taken_by_what_was_queued_before_the_start() -> None:
     """The module did not see it go into the transaction, but sees its EXEC."""
     need_offload()
@@ -527,7 +568,7 @@ def test_rights_are_taken_by_what_was_queued_before_the_start() -> None:
 
 
 def test_transactions_are_not_suspected_for_ever(lab: Lab) -> None:
-    """An EXEC may run what was queued, and stops service for a moment: only while there can be such a thing."""
+    """An EXEC may run what was queued, and stops service for a moment, but only while anybody is in MULTI."""
     if not lab.sut.offloaded:
         pytest.skip("a plain server stops nothing")
     lab.admin.ok("CONFIG", "SET", "slowlog-max-len", "100")
@@ -743,6 +784,102 @@ def test_another_user_on_a_server_without_a_password(open_lab: Lab) -> None:
     conn.refused("NOPERM", "SET", "k", "w")
     conn.served(set_=False)
     assert open_lab.admin.do("ACL", "DELUSER", "reader") == 1
+
+
+# -- all of it, at random --
+
+
+class Script:
+    """Random commands on random connections of random users, whose rights and passwords change meanwhile."""
+
+    USERS = ("default", "a", "bb", "c" * 64, "d" * 65)
+    RIGHTS = (
+        "+get",
+        "-get",
+        "+set",
+        "-set",
+        "allkeys",
+        "resetkeys",
+        "~k*",
+        "%R~*",
+        "on",
+        "off",
+        "+@all",
+        "-@all",
+    )
+
+    def __init__(self, lab: Lab, seed: int) -> None:
+        self.lab, self.rng = lab, rng("users", seed)
+        self.conns = [lab.connect() for _ in range(6)]
+        for name in self.USERS[1:]:
+            lab.user(name, "~*", "+@all")
+
+    def user(self) -> str:
+        return self.rng.choice(self.USERS)
+
+    def password(self) -> str:
+        return PASSWORD if self.rng.random() < 0.8 else "guess"
+
+    def administer(self) -> None:
+        name = self.user()
+        change: Command = self.rng.choice(
+            [
+                ("ACL", "SETUSER", name, *self.rng.sample(self.RIGHTS, 3)),
+                *[("ACL", "SETUSER", name, "on", f">{PASSWORD}", "~*", "+@all")] * 3,
+                ("ACL", "DELUSER", name),
+                ("CONFIG", "SET", "requirepass", self.rng.choice(["", PASSWORD])),
+                ("CONFIG", "SET", "requirepass", PASSWORD),
+            ]
+        )
+        if self.rng.random() < 0.2:
+            self.lab.admin.pipeline(("MULTI",), change, ("EXEC",))
+        else:
+            self.lab.admin.do(*change)
+
+    def command(self) -> Command:
+        key = self.rng.choice(["k", "k", "k2", "other"])
+        get, set_ = ("GET", key), ("SET", key, self.rng.randrange(1000))
+        if self.rng.random() < 0.7:
+            return self.rng.choice([get, set_])
+        auth = ("AUTH", self.user(), self.password())
+        name, version = ("SETNAME", self.rng.choice(["me", "not a name"])), self.rng.choice("23")
+        return self.rng.choice(
+            [
+                *(auth, auth, auth, ("AUTH", self.password()), ("AUTH",)),
+                *(("HELLO", version), ("HELLO", version, *auth), ("HELLO", version, *name, *auth)),
+                *(("HELLO", version, *auth, *name), ("HELLO", version, *auth, "AUTH", self.user(), PASSWORD)),
+                *(("PING",), ("ACL", "WHOAMI"), ("SELECT", "0"), ("MULTI",), ("EXEC",), ("DISCARD",)),
+            ]
+        )
+
+    def step(self) -> None:
+        if self.rng.random() < 0.03:
+            self.administer()
+            return
+        at = self.rng.randrange(len(self.conns))
+        conn = self.conns[at]
+        commands = [self.command() for _ in range(self.rng.choice([1, 1, 1, 1, 2, 3]))]
+        data = encode_pipeline(commands)
+        cut = [self.rng.randrange(1, len(data))] if self.rng.random() < 0.1 else []
+        # Its user may have been deleted; and many come to be demoted.
+        if conn.gone() or self.rng.random() < 0.05:
+            conn.hang_up()
+            self.conns[at] = self.lab.connect()
+            return
+        conn.send_bytes(data, *cut, replies=len(commands))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_scripts_are_answered_as_by_plain_redis(open_lab: Lab, seed: int) -> None:
+    script = Script(open_lab, seed)
+    before = open_lab.sut.served()
+    for _ in range(3000):
+        script.step()
+    if open_lab.sut.offloaded:
+        assert open_lab.sut.served() - before > 100
+    for name in Script.USERS[1:]:
+        open_lab.admin.do("ACL", "DELUSER", name)
+    open_lab.admin.ok("ACL", "SETUSER", "default", "reset", "on", "nopass", "~*", "&*", "+@all")
 
 
 # -- names --
