@@ -1,11 +1,11 @@
 """The coherence protocol (docs/coherence.md) as a transition system: two clients' BPF programs, the server's
 main thread, its drain thread, a client that is never served, and a crash of the server at any step.
 
-A state is a flat tuple; the constants PC ... CHANGED name its places. One step is what the others can tell apart:
-steps that nobody else can see, or that only let others go on (counting out, answering), are joined to the one
-before. Memory is sequentially consistent, as x86-64 is for this protocol with full barriers at the two places that
-need them (counting in before reading the gate; closing it before reading the counts). The number of the event
-loop's iterations and of cuts is not bounded; the number of clients' operations is.
+A state is a flat tuple; the constants PC ... DEAD name its places. One step is what others can tell apart:
+steps that nobody else sees, or that only let others go on (counting out, answering), are joined to the one
+before. Memory is sequentially consistent, as x86-64 is for this protocol with full barriers at the two places
+that need them (counting in before reading the gate; closing it before reading the counts). The number of the
+event loop's iterations and of cuts is not bounded; the number of clients' operations is.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Break(Enum):
     NO_CUT_NUMBER = "recovery applies everything in the journal"
     MARKER_FIRST = "the cut's number is not in the cut's transaction, but before it"
     POPULATE_IN_THREAD = "another thread than the main thread copies a key into the table"
-    POPULATE_BEFORE_FLUSH = "a key that a command has just changed is copied in before the AOF is written"
+    POPULATE_BEFORE_WRITE = "keys are copied into the table at BEFORE_SLEEP, before the AOF is written"
     SPLIT_CUT = "a cut is propagated as single SETs"
     NO_CUT = "entries are copied while programs go on writing in the same generation"
     FREE_ON_INVALIDATION = "an entry in the journal is freed, not DROPPED, when Redis changes its key"
@@ -89,7 +89,6 @@ BUFFER = 20  # AOF records not written: (((key, value), ...), cut or 0)
 FILE = 21  # what the AOF says: (A, B, newest cut)
 PASTS = 22
 DEAD = 23
-CHANGED = 24  # keys that commands of this iteration have changed, bits
 
 # The main thread.
 ASLEEP, CLOSED, COMMANDS, FORGET, UNBLOCKED, FORGET_UNBLOCKED, WRITTEN = range(7)
@@ -145,7 +144,6 @@ class Protocol:
             (),
             (ABSENT, ABSENT, 0),
             START,
-            0,
             0,
         )
 
@@ -295,16 +293,19 @@ class Protocol:
             torn = False
             if not self.no_drain:
                 torn = self._drain_now(n, records)
+            if not (self.populate_before_write or self.populate_in_thread):
+                _populate(n)
             n[PC] = COMMANDS
-            self._appended(n, s, records, "main: drains (AFTER_SLEEP)", out, torn)
+            self._appended(n, s, records, "main: drains, populates (AFTER_SLEEP)", out, torn)
         elif pc in (COMMANDS, UNBLOCKED):
             for i in (0, 1, 2) if pc == COMMANDS else (2,):
                 self._execute(s, i, out)
             if pc == COMMANDS:
-                self._populate(n)
+                if self.populate_before_write:
+                    _populate(n)
                 n[GATE if self.early_gate else ARMED] = 1
                 n[PC] = UNBLOCKED
-                out.append(("main: populates, arms the gate (BEFORE_SLEEP)", tuple(n), None))
+                out.append(("main: arms the gate (BEFORE_SLEEP)", tuple(n), None))
                 if self.bounds.postponed:
                     self._postponed(s, out)
             else:
@@ -336,7 +337,8 @@ class Protocol:
     def _postponed(self, s: State, out: list[Step]) -> None:
         """beforeSleep with an fsync under way: the AOF is not written, replies leave all the same."""
         n = list(s)
-        self._populate(n)
+        if self.populate_before_write:
+            _populate(n)
         # What only cuts have put there is in the journal.
         if self.open_while_postponed or all(cut for _, cut in s[BUFFER]):
             n[ARMED] = 1
@@ -370,22 +372,9 @@ class Protocol:
                 out.append((label, tuple(n), None))
                 continue
             n[DB + key] = new
-            if s[PC] == COMMANDS:
-                n[CHANGED] |= 1 << key
             n[AT] = key
             n[PC] = FORGET if s[PC] == COMMANDS else FORGET_UNBLOCKED
             self._appended(n, s, [(((key, new),), 0)], label, out, False)
-
-    def _populate(self, n: list) -> None:
-        """BEFORE_SLEEP. What this iteration has changed is not in the AOF yet: nobody may see it."""
-        if self.populate_in_thread:
-            return
-        for key in (0, 1):
-            wanted = n[ASKED] >> key & 1 and not n[ENTRY + key] and n[DB + key] != ABSENT
-            if wanted and (self.populate_before_flush or not n[CHANGED] >> key & 1):
-                n[ENTRY + key] = (n[DB + key], n[DB + key], CLEAN, 0)
-                _moved(n, key)
-        n[ASKED] = n[CHANGED] = 0
 
     def _forget(self, n: list, key: int) -> None:
         e = n[ENTRY + key]
@@ -504,7 +493,7 @@ class Protocol:
             for record in s[BUFFER][:written]:
                 n[FILE] = _replay(n[FILE], record)
             n[DEAD] = 1
-            n[PC] = n[AT] = n[GATE] = n[ARMED] = n[HOLD] = n[ASKED] = n[CHANGED] = 0
+            n[PC] = n[AT] = n[GATE] = n[ARMED] = n[HOLD] = n[ASKED] = 0
             n[RING] = n[BUFFER] = ()
             n[DB] = n[DB + 1] = ABSENT
             n[DRAINER] = REST
@@ -579,7 +568,7 @@ def _moved(n: list, key: int) -> None:
 
 
 def _commit(n: list, key: int, value: int, inplace: int) -> None:
-    """table_commit: the entry is dirty, in the ring and linked; one that it replaces is freed or an orphan."""
+    """table_commit: the entry is dirty, in the ring and linked; what it replaces is freed or an orphan."""
     e = n[ENTRY + key]
     gen = n[GEN]
     was = e[2] if e and inplace else None
@@ -607,6 +596,14 @@ def _confirm(n: list) -> None:
         if e and e[2] == PENDING:
             n[ENTRY + key] = (*e[:2], CLEAN, 0)
         n[UNLINKED + key] = tuple(u for u in n[UNLINKED + key] if u[1] != DROPPED)
+
+
+def _populate(n: list) -> None:
+    for key in (0, 1):
+        if n[ASKED] >> key & 1 and not n[ENTRY + key] and n[DB + key] != ABSENT:
+            n[ENTRY + key] = (n[DB + key], n[DB + key], CLEAN, 0)
+            _moved(n, key)
+    n[ASKED] = 0
 
 
 def _replay(file: tuple, record: tuple) -> tuple[int, int, int]:

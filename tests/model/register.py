@@ -1,9 +1,9 @@
 """Durable linearizability of two registers, exactly: all orders that explain what has been answered so far.
 
-A configuration is one possible past: ``(A, B, r0, r1, r2)``, the registers' values and, for each of three clients,
-the result that its pending operation has been given in that past (``NOT_YET``: it has had no effect in it). A
-history is linearizable if and only if a configuration is left after each answer (just-in-time linearization, Lowe
-2017). Two registers together, because a crash must leave a state that both had at one moment.
+A configuration is one possible past: ``(A, B, r0, r1, r2)``, the registers' values and, for each of three
+clients, the result that its pending operation has been given in that past (``NOT_YET``: no effect in it). A
+history is linearizable if and only if a configuration is left after each answer (just-in-time linearization,
+Lowe 2017). Two registers together, because a crash must leave a state that both had at one moment.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ START: Pasts = ((ABSENT, ABSENT, NOT_YET, NOT_YET, NOT_YET),)
 
 
 def result_of(kind: int, value: int, old: int) -> tuple[int, int]:
-    """New value of a register, and the answer: GET, GETSET: the old value; DEL: whether there was one; SET: 0."""
+    """New value, and the answer: GET, GETSET: the old value; DEL: whether there was one; SET: 0."""
     if kind == GET:
         return old, old
     if kind == SET:
@@ -78,5 +78,5 @@ def answer(pasts: Pasts, pending: Pending, client: int, result: int) -> Pasts:
 
 @cache
 def states_now(pasts: Pasts, pending: Pending) -> frozenset[tuple[int, int]]:
-    """States of both registers that may hold now: what was answered has happened, what is pending may have."""
+    """States of both registers that may hold now: what was answered has happened, the pending may have."""
     return frozenset((end[0], end[1]) for past in pasts for end in _orders(past, pending))

@@ -1,8 +1,8 @@
 """Order on one connection, as a transition system: a client that may have to send a message's tail again.
 
-The program sees a message before TCP has taken it. If TCP takes less (a full send buffer), the client sends the
-rest again, and a program that has counted it already is out of step with what Redis gets. Requests are shortened to
-tokens: G is a whole GET; 1 or 2 is the head of a SET whose value is the next 1 or 2 tokens, whatever these are.
+The program sees a message before TCP has taken it. If TCP takes less (a full send buffer), the client sends
+the rest again, and a program that has counted it already is out of step with what Redis gets. Requests are
+shortened to tokens: G is a whole GET; 1 or 2 is the head of a SET whose value is the next 1 or 2 tokens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A message that TCP takes in parts never makes the program answer out of order; without its checks it does."""
+"""A message that TCP takes in parts never makes the program answer out of order."""
 
 from __future__ import annotations
 
