@@ -91,7 +91,9 @@ PASTS = 22
 DEAD = 23
 
 # The main thread.
-ASLEEP, CLOSED, COMMANDS, FORGET, UNBLOCKED, FORGET_UNBLOCKED, WRITTEN = range(7)
+ASLEEP, CLOSED, COMMANDS, UNBLOCKED, POSTPONED, WRITTEN = range(6)  # POSTPONED: with an fsync under way
+FORGET = {COMMANDS: 6, UNBLOCKED: 7, POSTPONED: 8}  # the key of the command that ran there
+GO_ON = {forget: pc for pc, forget in FORGET.items()}
 
 # A client: (where, kind, key, operations begun, a, b).
 IDLE = 0
@@ -297,8 +299,9 @@ class Protocol:
                 _populate(n)
             n[PC] = COMMANDS
             self._appended(n, s, records, "main: drains, populates (AFTER_SLEEP)", out, torn)
-        elif pc in (COMMANDS, UNBLOCKED):
-            for i in (0, 1, 2) if pc == COMMANDS else (2,):
+        elif pc in FORGET:
+            # Any client's command may be one that was blocked: looked at where it matters most.
+            for i in (0, 1, 2) if pc == COMMANDS or self.bounds.postponed else (2,):
                 self._execute(s, i, out)
             if pc == COMMANDS:
                 if self.populate_before_write:
@@ -309,14 +312,18 @@ class Protocol:
                 if self.bounds.postponed:
                     self._postponed(s, out)
             else:
+                if pc == POSTPONED:
+                    m = list(s)
+                    m[PC] = WRITTEN
+                    out.append(("main: does not write the AOF", tuple(m), None))
                 _write(n)
                 n[PC] = WRITTEN
                 out.append(("main: writes the AOF", tuple(n), None))
-        elif pc in (FORGET, FORGET_UNBLOCKED):
+        elif pc in GO_ON:
             key = s[AT]
             if s[LOCK + key]:
                 return
-            n[PC] = COMMANDS if pc == FORGET else UNBLOCKED
+            n[PC] = GO_ON[pc]
             n[AT] = 0
             if not self.no_invalidation:
                 self._forget(n, key)
@@ -335,15 +342,16 @@ class Protocol:
                     out.append(self._answer(list(s), i, result, f"main: Redis answers client {i}: {result}"))
 
     def _postponed(self, s: State, out: list[Step]) -> None:
-        """beforeSleep with an fsync under way: the AOF is not written, replies leave all the same."""
+        """BEFORE_SLEEP with an fsync under way: unless it ends soon, replies leave unwritten."""
         n = list(s)
         if self.populate_before_write:
             _populate(n)
         # What only cuts have put there is in the journal.
         if self.open_while_postponed or all(cut for _, cut in s[BUFFER]):
             n[ARMED] = 1
-        n[PC] = WRITTEN
-        out.append(("main: BEFORE_SLEEP; does not write the AOF (fsync under way)", tuple(n), None))
+        n[PC] = POSTPONED
+        arms = "arms the gate" if n[ARMED] else "does not arm the gate"
+        out.append((f"main: {arms} (BEFORE_SLEEP, fsync under way)", tuple(n), None))
 
     def _execute(self, s: State, i: int, out: list[Step]) -> None:
         where, kind, key, begun, _, _ = s[CLIENT + i]
@@ -373,7 +381,7 @@ class Protocol:
                 continue
             n[DB + key] = new
             n[AT] = key
-            n[PC] = FORGET if s[PC] == COMMANDS else FORGET_UNBLOCKED
+            n[PC] = FORGET[s[PC]]
             self._appended(n, s, [(((key, new),), 0)], label, out, False)
 
     def _forget(self, n: list, key: int) -> None:
@@ -487,7 +495,8 @@ class Protocol:
 
     def _crash(self, s: State, out: list[Step]) -> None:
         # In the middle of a write the AOF ends in a part of a record, which loading it cuts off.
-        writes = range(max(len(s[BUFFER]), 1)) if s[PC] == UNBLOCKED else (0,)
+        writing = s[PC] in (UNBLOCKED, POSTPONED) and s[BUFFER]
+        writes = range(len(s[BUFFER])) if writing else (0,)
         for written in writes:
             n = list(s)
             for record in s[BUFFER][:written]:
@@ -500,12 +509,10 @@ class Protocol:
             for i in range(3):
                 if n[CLIENT + i][0] == EXECUTED:
                     n[CLIENT + i] = (QUEUED, *n[CLIENT + i][1:4], 0, 0)
-            where = (
-                f" while it writes the AOF, {written} records of {len(s[BUFFER])} done"
-                if s[PC] == UNBLOCKED
-                else ""
-            )
-            out.append((f"kill -9 of the server{where}", tuple(n), None))
+            label = "kill -9 of the server"
+            if written:
+                label += f" while it writes the AOF: {written} of {len(s[BUFFER])} records are"
+            out.append((label, tuple(n), None))
 
     def _recover(self, s: State) -> Step:
         a, b, marker = self._recovered(s, s[FILE])
