@@ -99,6 +99,39 @@ void kflex_journal_check(RedisModuleCtx *ctx)
 	}
 }
 
+/* Redis 7.0's own (bio.h), which it exports to modules as it does all its symbols. */
+#define BIO_AOF_FSYNC 1
+extern unsigned long long bioPendingJobsOfType(int type) __attribute__((weak));
+
+static int fsync_under_way(RedisModuleCtx *ctx)
+{
+	RedisModuleServerInfoData *info;
+	unsigned long long pending;
+	int err;
+
+	if (bioPendingJobsOfType)
+		return bioPendingJobsOfType(BIO_AOF_FSYNC) != 0;
+	info = RedisModule_GetServerInfo(ctx, "persistence");
+	pending = RedisModule_ServerInfoGetFieldUnsigned(info, "aof_pending_bio_fsync", &err);
+	RedisModule_FreeServerInfo(ctx, info);
+	return err || pending;
+}
+
+/*
+ * At BEFORE_SLEEP: will the commands' changes stay unwritten when their replies leave? With appendfsync everysec beforeSleep does
+ * not write while an fsync is under way. A crash then takes those commands back, as it does without us; a SET that was
+ * accepted after them must not outlive them.
+ */
+int kflex_journal_behind(RedisModuleCtx *ctx)
+{
+	if (!K.ctl->durable || !K.changed)
+		return 0;
+	if (fsync_under_way(ctx))
+		return 1;
+	K.changed = 0;
+	return 0;
+}
+
 /* The AOF's file that is appended to: its number here, for the programs, and its inode. */
 static void find_aof(void)
 {

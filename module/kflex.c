@@ -62,8 +62,11 @@ static void before_sleep(RedisModuleCtx *ctx)
 	K.slept = 1;
 #ifdef KFLEX_BREAK_EARLY_GATE
 	STORE(K.ctl->gate, K.ctl->allow ? 1 : 0);
-#else
+#elif defined(KFLEX_BREAK_OPEN_WHILE_POSTPONED)
 	STORE(K.ctl->armed, 1);
+#else
+	if (!kflex_journal_behind(ctx))
+		STORE(K.ctl->armed, 1);
 #endif
 }
 
@@ -153,6 +156,14 @@ static void on_filter(RedisModuleCommandFilterCtx *f)
 	kflex_rules_add(KFLEX_RULE_RECHECK);
 }
 
+/* A command has changed something. After BEFORE_SLEEP too: serving blocked clients passes no filter. */
+static void note_change(void)
+{
+	K.changed = 1;
+	if (K.ctl->durable && K.ctl->armed)
+		STORE(K.ctl->armed, 0);
+}
+
 static int on_keyspace(RedisModuleCtx *ctx, int type, const char *event, RedisModuleString *key)
 {
 	const char *name;
@@ -166,6 +177,8 @@ static int on_keyspace(RedisModuleCtx *ctx, int type, const char *event, RedisMo
 #ifndef KFLEX_BREAK_NO_INVALIDATE
 	if (K.mset && kflex_own_event(key, K.mset, K.mset_argc, &K.mset_at))
 		return REDISMODULE_OK;
+	if (!K.applying)
+		note_change();
 	name = RedisModule_StringPtrLen(key, &len);
 	kflex_invalidate(name, len);
 #else
@@ -188,6 +201,7 @@ static void on_epoch(RedisModuleCtx *ctx, RedisModuleEvent e, uint64_t sub, void
 	__atomic_fetch_add(&K.ctl->epoch, 1, __ATOMIC_SEQ_CST);
 	K.ctl->epoch_bumps++;
 	K.nremembered = 0;
+	note_change();
 }
 
 /* Role, replicas, configuration, modules: the rules may have changed. */

@@ -35,6 +35,7 @@ struct kflex_module {
 	size_t mset_argc, mset_at;	/* its length, and the key that the next event is expected for */
 	int slept;			/* beforeSleep has run since the journal was last checked */
 	int unmarked;			/* the AOF does not name this table yet */
+	int changed;			/* commands have changed something that beforeSleep may not have written */
 	uint64_t checked_ns;		/* when the journal was last checked */
 	int recheck;			/* the rules must be looked at before the gate may open again */
 	int queued_admin;		/* an administrative command may be in a transaction */
@@ -124,6 +125,7 @@ void kflex_marker_name(uint64_t table_id, char name[KFLEX_MARKER + 1]);
 void kflex_journal_mark(RedisModuleCtx *ctx);
 void kflex_journal_confirm(void);
 void kflex_journal_check(RedisModuleCtx *ctx);
+int kflex_journal_behind(RedisModuleCtx *ctx);
 void kflex_journal_durable(RedisModuleCtx *ctx, int durable);
 void kflex_journal_forked(RedisModuleCtx *ctx);
 int kflex_aof_written(RedisModuleCtx *ctx);
