@@ -405,7 +405,9 @@ def search(ops: Sequence[Op], start: State, slack: int = 0, budget: int = BUDGET
     count = len(ops)
     calls = [op.call for op in ops]
     rets = [FOREVER if op.reply is LOST else op.ret for op in ops]
-    after = _predecessors(ops)
+    # A read that nobody heard the answer of says nothing.
+    void = [op.reply is LOST and op.name in READS for op in ops]
+    after = _predecessors(ops, void)
     looks = [op.reply is not LOST and only_looked(op) for op in ops]
     seen: set[tuple[int, int, State]] = set()
     Trail = tuple[Any, int]  # (the trail before, an operation): shared by all attempts that begin alike
@@ -428,7 +430,7 @@ def search(ops: Sequence[Op], start: State, slack: int = 0, budget: int = BUDGET
                     if rets[index] < earliest:
                         earliest = rets[index]
                     before = after[index]
-                    if before < base or mask >> (before - base) & 1:
+                    if (before < base or mask >> (before - base) & 1) and not void[index]:
                         waiting.append(index)
                 bits >>= 1
                 index += 1
@@ -448,7 +450,7 @@ def search(ops: Sequence[Op], start: State, slack: int = 0, budget: int = BUDGET
                         break
                     choices += [(rets[index], index, each) for each in states]
                 else:
-                    choices += [(FOREVER, index, each) for each in states if each is not state]
+                    choices += [(FOREVER, index, each) for each in states]
             if not choices:
                 break
             if len(choices) > 1:
@@ -473,13 +475,14 @@ def _placed(base: int, mask: int, index: int) -> tuple[int, int]:
     return base, mask
 
 
-def _predecessors(ops: Sequence[Op]) -> list[int]:
-    """For each operation the one before it on its connection, or -1."""
+def _predecessors(ops: Sequence[Op], void: Sequence[bool]) -> list[int]:
+    """For each operation the one before it on its connection that counts, or -1."""
     last: dict[int, int] = {}
     out = []
     for index, op in enumerate(ops):
         out.append(last.get(op.client, -1))
-        last[op.client] = index
+        if not void[index]:
+            last[op.client] = index
     return out
 
 

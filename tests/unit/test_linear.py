@@ -70,6 +70,15 @@ def test_a_write_whose_reply_never_came_may_or_may_not_have_happened() -> None:
     assert not is_fine(lost, op(10, 20, "GET", reply=b"a"), op(30, 40, "GET", reply=None))
 
 
+def test_requests_of_a_connection_that_broke_took_effect_in_their_order() -> None:
+    first = op(0, FOREVER, "GET", reply=LOST, client=7)
+    second = op(0, FOREVER, "SET", 0, b"a", reply=LOST, client=7)
+    third = op(0, FOREVER, "SET", 1, b"b", reply=LOST, client=7)
+    assert is_fine(first, second, third, op(20, 30, "MGET", (0, 1), reply=(b"a", b"b")))
+    assert is_fine(first, second, third, op(20, 30, "MGET", (0, 1), reply=(b"a", None)))
+    assert not is_fine(first, second, third, op(20, 30, "MGET", (0, 1), reply=(None, b"b")))
+
+
 def test_what_redis_commands_do() -> None:
     story = [
         ("SET", 0, b"7", b"OK"),
