@@ -50,7 +50,9 @@ SELECTION = (
 )
 
 
-def _pairs(files: list[str], modes: list[str], jobs: int, reruns: int, report: Console) -> list[Comparison]:
+def _pairs(
+    files: list[str], modes: list[str], jobs: int, reruns: int, out: Path | None, report: Console
+) -> list[Comparison]:
     built = build.ensure()
     ports: queue.Queue[int] = queue.Queue()
     for job in range(jobs):
@@ -62,6 +64,8 @@ def _pairs(files: list[str], modes: list[str], jobs: int, reruns: int, report: C
             found = compare(file, mode, built, baseport, reruns)
         finally:
             ports.put(baseport)
+        if out is not None:
+            found.keep(out)
         report.print(str(found))
         return found
 
@@ -103,16 +107,14 @@ def main(
     Exit code 1 for a difference that differences.toml does not explain, a promise broken, or nothing served.
     """
     report = Console(stderr=True, highlight=False, soft_wrap=True)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
     known = run.files()
     wanted = list(files or (QUICK if quick else known if everything else SELECTION))
     for file in wanted:
         if file not in known:
             raise KflexError("the suite has no such file", file, "give names like unit/type/string")
-    found = _pairs(wanted, list(modes or (["served"] if quick else run.MODES)), jobs, reruns, report)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        for each in found:
-            each.keep(out)
+    found = _pairs(wanted, list(modes or (["served"] if quick else run.MODES)), jobs, reruns, out, report)
     if as_json:
         click.echo(run.dump([outcome for each in found for outcome in each.runs]))
     elif as_markdown:
