@@ -195,11 +195,15 @@ void kflex_journal_durable(RedisModuleCtx *ctx, int durable)
 	}
 }
 
-/* A child was forked: if it rewrites the AOF, what follows goes into a new file, which is to name the table too. */
-void kflex_journal_forked(RedisModuleCtx *ctx)
+/*
+ * A child was forked: if it rewrites the AOF, what follows goes into a new file, which is to name the table too. Not here
+ * but before the next sleep: a marker makes the command that forked (BGSAVE, PSYNC, ...) one that has changed data, and
+ * Redis would propagate that command with it. No cut is taken between the two.
+ */
+void kflex_journal_forked(void)
 {
 	if (!K.ctl->durable)
 		return;
-	kflex_journal_mark(ctx);
+	K.mark_due = 1;
 	find_aof();
 }

@@ -54,6 +54,11 @@ static void before_sleep(RedisModuleCtx *ctx)
 		K.recheck = 0;
 		kflex_rules_check(ctx);
 	}
+	if (K.mark_due) {
+		K.mark_due = 0;
+		if (K.ctl->durable)
+			kflex_journal_mark(ctx);
+	}
 	/* With AOF only what is written may be read: a crash must not take back what somebody has seen. */
 	if (K.nremembered && !K.ctl->durable)
 		populate(ctx);
@@ -246,10 +251,11 @@ static void on_shutdown(RedisModuleCtx *ctx, RedisModuleEvent e, uint64_t sub, v
 
 static void on_fork(RedisModuleCtx *ctx, RedisModuleEvent e, uint64_t sub, void *data)
 {
+	(void)ctx;
 	(void)e;
 	(void)data;
 	if (K.attached && sub == REDISMODULE_SUBEVENT_FORK_CHILD_BORN)
-		kflex_journal_forked(ctx);
+		kflex_journal_forked();
 }
 
 static uint64_t total(enum kflex_stat what)

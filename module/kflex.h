@@ -34,6 +34,7 @@ struct kflex_module {
 	RedisModuleString *const *mset; /* keys and values of the MSET that is running, NULL: none */
 	size_t mset_argc, mset_at;	/* its length, and the key that the next event is expected for */
 	int slept;			/* beforeSleep has run since the journal was last checked */
+	int mark_due;			/* a marker is to be written before the next sleep */
 	int unmarked;			/* the AOF does not name this table yet */
 	int changed;			/* commands have changed something that beforeSleep may not have written */
 	uint64_t checked_ns;		/* when the journal was last checked */
@@ -127,7 +128,7 @@ void kflex_journal_confirm(void);
 void kflex_journal_check(RedisModuleCtx *ctx);
 int kflex_journal_behind(RedisModuleCtx *ctx);
 void kflex_journal_durable(RedisModuleCtx *ctx, int durable);
-void kflex_journal_forked(RedisModuleCtx *ctx);
+void kflex_journal_forked(void);
 int kflex_aof_written(RedisModuleCtx *ctx);
 
 /* recover.c */

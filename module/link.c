@@ -82,7 +82,7 @@ static int attach(const int fds[NFDS], char *text, size_t size)
 	K.ctl->epoch++;
 	K.ctl->oldest_ns = now_ns();
 	K.sample_ns = K.armed_ns = 0;
-	K.slept = K.unmarked = 0;
+	K.slept = K.mark_due = K.unmarked = 0;
 	K.ctl->durable = 0;
 	K.nremembered = 0;
 	kflex_rules_attach(K.ctx);

@@ -6,7 +6,6 @@ import ctypes
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -49,27 +48,15 @@ def activate() -> None:
         os.environ["KFLEX_LIBBPF"] = str(built / "lib" / "libbpf.so.1")
 
 
-def _output(command: list[str]) -> str:
-    try:
-        done = subprocess.run(
-            command, check=False, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=120
-        )
-    except FileNotFoundError:
-        raise Unavailable(
-            f"{command[0]} is not there", "", "--libbpf-from-source needs Debian's or Ubuntu's package tools"
-        ) from None
-    return done.stdout if done.returncode == 0 else ""
-
-
 def source_package() -> tuple[str, str]:
     """(name, version) of the kernel source package to use: 6.12's, else the newest the distribution has."""
-    names = _output(["apt-cache", "search", "--names-only", r"^linux-source-[0-9]+\.[0-9.]+$"])
+    names = toolchain.output(["apt-cache", "search", "--names-only", r"^linux-source-[0-9]+\.[0-9.]+$"])
     found = [line.split()[0] for line in names.splitlines() if line.strip()]
     if not found:
         raise Unavailable("no linux-source package is known to apt", "", "run apt-get update first")
     newest = max(found, key=lambda name: [int(part) for part in re.findall(r"\d+", name)])
     name = PREFERRED if PREFERRED in found else newest
-    policy = _output(["apt-cache", "policy", name])
+    policy = toolchain.output(["apt-cache", "policy", name])
     match = re.search(r"Candidate: (\S+)", policy)
     if match is None or match.group(1) == "(none)":
         raise Unavailable(f"apt has no version of {name}", "", "run apt-get update first")

@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,6 +132,25 @@ def target_arch() -> str:
         "loongarch64": "loongarch",
     }
     return names.get(machine, machine)
+
+
+def output(command: Sequence[str], env: Mapping[str, str] | None = None) -> str:
+    """What one of Debian's package tools prints; nothing if it fails, Unavailable where it is not there."""
+    try:
+        done = subprocess.run(
+            command,
+            check=False,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=120,
+            env={**os.environ, "LC_ALL": "C", **(env or {})},
+        )
+    except FileNotFoundError:
+        raise Unavailable(
+            f"{command[0]} is not there", "", "source packages need Debian's or Ubuntu's package tools"
+        ) from None
+    return done.stdout if done.returncode == 0 else ""
 
 
 class Runner:

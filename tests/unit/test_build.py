@@ -298,7 +298,7 @@ def test_source_package_is_the_preferred_or_the_newest(monkeypatch: pytest.Monke
         "search": "linux-source-6.1 - x\nlinux-source-6.12 - x\n",
         "policy": "x:\n  Candidate: 6.12.9-1\n",
     }
-    monkeypatch.setattr(libbpf, "_output", lambda command: answers[command[1]])
+    monkeypatch.setattr(toolchain, "output", lambda command: answers[command[1]])
     assert libbpf.source_package() == ("linux-source-6.12", "6.12.9-1")
     answers["search"] = "linux-source-5.15.0 - x\nlinux-source-6.8.0 - x\n"
     assert libbpf.source_package()[0] == "linux-source-6.8.0"
