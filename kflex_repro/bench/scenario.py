@@ -28,8 +28,8 @@ CEILINGS = ("p99", "server_cpu", "system_cpu", "recovery_s", "set_in_redis_ms")
 class Scenario:
     """One row of the benchmark.
 
-    ``value_bytes`` in bytes, ``rate`` in requests/s (0: closed loop), ``mix`` in percent; ``aof``: both servers
-    with appendonly yes, appendfsync everysec.
+    ``value_bytes`` in bytes, ``rate`` in requests/s (0: closed loop), ``mix`` in percent; ``aof``: both
+    servers with appendonly yes, appendfsync everysec.
     """
 
     name: str
