@@ -32,6 +32,7 @@ enum kflex_abi_const {
 	KFLEX_USER_NAME = 64, /* longest name of a user that can be served, zero-padded */
 	KFLEX_USER_OPEN = 62, /* slot: the default user, for as long as nobody needs a password for it */
 	KFLEX_USER_NONE = 63, /* slot: a user that is not known */
+	KFLEX_UNPAIRED = 16,  /* messages passed after which a connection that found no server's half is left alone */
 	KFLEX_PARK = 512,     /* messages in a row without a GET or SET after which a connection is left alone */
 };
 
@@ -300,6 +301,7 @@ struct kflex_conn {
 	__u32 injected; /* replies since the ingress queue was last seen empty */
 	__u32 injected_bytes;
 	__u32 idle;	   /* messages passed since the last GET or SET */
+	__u32 unpaired;	   /* messages passed while no server's half was known */
 	__u32 plan_n;	   /* requests of the message at hand */
 	__u32 plan_sets;   /* of them SETs */
 	__u32 plan_reply;  /* bytes of all their replies */

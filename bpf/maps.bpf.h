@@ -99,6 +99,18 @@ struct kflex_tuple {
 	__u32 server_port;
 };
 
+/* What struct kflex_tuple has as the server's address: those of its network namespace, loopback left out. */
+struct kflex_address {
+	__u32 word[4];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1024);
+	__type(key, struct kflex_address);
+	__type(value, __u8);
+} server_addrs SEC(".maps");
+
 /* Client sockets that wait for their server's half. */
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
@@ -147,7 +159,7 @@ struct {
 } commands SEC(".maps");
 
 const volatile __u32 port = 6379;
-const volatile __u64 netns_cookie = 0; /* 0: any */
+const volatile __u64 netns_cookie = 0; /* of the server's network namespace */
 const volatile __u32 bucket_mask = 63;
 const volatile __u32 ring_mask = 4095;
 const volatile __u32 heap_cells = KFLEX_CHUNK_CELLS;

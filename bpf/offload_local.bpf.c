@@ -29,14 +29,12 @@ int kflex_enrol(struct bpf_sock_ops *s)
 	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
 		if (bpf_ntohl(s->remote_port) != port || READ_ONCE(k->disabled))
 			break;
-		if (netns_cookie && bpf_get_netns_cookie(s) != netns_cookie)
-			break;
 		enrol_client(s);
 		break;
 	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
 		if (s->local_port != port || READ_ONCE(k->disabled))
 			break;
-		if (netns_cookie && bpf_get_netns_cookie(s) != netns_cookie)
+		if (bpf_get_netns_cookie(s) != netns_cookie)
 			break;
 		enrol_server(s, k);
 		break;
@@ -45,10 +43,12 @@ int kflex_enrol(struct bpf_sock_ops *s)
 		break;
 	case BPF_SOCK_OPS_STATE_CB:
 		sk = s->sk;
-		if (s->args[1] != BPF_TCP_CLOSE || !sk)
+		l = sk ? bpf_sk_storage_get(&links, sk, NULL, 0) : NULL;
+		if (!l)
 			break;
-		l = bpf_sk_storage_get(&links, sk, NULL, 0);
-		if (l) {
+		if (l->server && s->args[1] != BPF_TCP_ESTABLISHED)
+			leave_client(l->conn);
+		if (s->args[1] == BPF_TCP_CLOSE) {
 			__u32 i = l->conn;
 
 			bpf_sk_storage_delete(&links, sk);

@@ -105,7 +105,8 @@ static __always_inline void account_request(struct sk_msg_md *m, struct kflex_ct
 		c->proof_gen = open;
 		WRITE_ONCE(c->proof_at, before + 1);
 	}
-	if (++c->idle > KFLEX_PARK) {
+	/* Also a connection that never pairs: its addresses were translated on the way, or another server has them. */
+	if (++c->idle > KFLEX_PARK || (!READ_ONCE(c->paired) && ++c->unpaired > KFLEX_UNPAIRED)) {
 		c->cflags |= KFLEX_C_DEMOTED;
 		count(k, KFLEX_STAT_PARKED);
 		return;
@@ -184,14 +185,27 @@ static __always_inline void fill_tuple(struct bpf_sock_ops *s, struct kflex_tupl
 	t->server_port = client ? bpf_ntohl(s->remote_port) : s->local_port;
 }
 
-/* Same host: the kernel picks a local address as the source of a connection to itself, or both are loopback. */
-static __always_inline int is_local(struct kflex_tuple *t)
+static __always_inline int is_loopback(const __u32 *a)
 {
-	if (t->client[2] == bpf_htonl(0xffff) && !t->client[0] && !t->client[1] &&
-	    (t->client[3] & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000))
-		return 1;
-	return t->client[0] == t->server[0] && t->client[1] == t->server[1] && t->client[2] == t->server[2] &&
-	       t->client[3] == t->server[3];
+	if (a[0] || a[1])
+		return 0;
+	if (a[2] == bpf_htonl(0xffff))
+		return (a[3] & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000);
+	return !a[2] && a[3] == bpf_htonl(1);
+}
+
+/*
+ * Is this connection to the attached server, and direct? Others would pay for the sockmap and gain nothing. Clients may
+ * live in any network namespace: only loopback means another server in each.
+ */
+static __always_inline int to_server(struct bpf_sock_ops *s, const struct kflex_tuple *t)
+{
+	struct kflex_address a;
+
+	if (is_loopback(t->server))
+		return bpf_get_netns_cookie(s) == netns_cookie;
+	__builtin_memcpy(a.word, t->server, sizeof(a.word));
+	return !!bpf_map_lookup_elem(&server_addrs, &a);
 }
 
 static __always_inline void conn_put(__u32 i)
@@ -201,6 +215,15 @@ static __always_inline void conn_put(__u32 i)
 	/* Both halves' programs run under their own socket's lock: only the last one out may give the number back. */
 	if (c && __sync_fetch_and_sub(&c->refs, 1) == 1)
 		bpf_map_push_elem(&free_conns, &i, 0);
+}
+
+/* The server has hung up: nothing is answered in its name any more, also when its FIN is lost between namespaces. */
+static __always_inline void leave_client(__u32 i)
+{
+	struct kflex_conn *c = bpf_map_lookup_elem(&conns, &i);
+
+	if (c)
+		c->sflags |= KFLEX_S_DEMOTED;
 }
 
 /*
@@ -248,7 +271,7 @@ static __always_inline void enrol_client(struct bpf_sock_ops *s)
 	if (!sk)
 		return;
 	fill_tuple(s, &t, 1);
-	if (!is_local(&t) || bpf_map_pop_elem(&free_conns, &i))
+	if (!to_server(s, &t) || bpf_map_pop_elem(&free_conns, &i))
 		return;
 	c = bpf_map_lookup_elem(&conns, &i);
 	if (!c)
@@ -257,7 +280,7 @@ static __always_inline void enrol_client(struct bpf_sock_ops *s)
 	c->requests = c->replies = 0;
 	c->injected = c->injected_bytes = 0;
 	c->served = c->passed = 0;
-	c->idle = 0;
+	c->idle = c->unpaired = 0;
 	c->user = KFLEX_USER_OPEN;
 	c->auth_at = c->proof_at = 0;
 	c->paired = 0;

@@ -5,7 +5,6 @@ Both ends live in namespaces made here, so no address, route or interface of the
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import subprocess
@@ -14,10 +13,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
-from kflex_repro.errors import KflexError, Unavailable, os_failure
+from kflex_repro.errors import KflexError, Unavailable
+from kflex_repro.offload.netns import RUN, enter
 
-_CLONE_NEWNET = 0x40000000
-_RUN = Path("/run/netns")
 _NAME = "kflexb-"
 
 
@@ -48,7 +46,7 @@ def _start_ticks(pid: int) -> int | None:
 def sweep() -> list[str]:
     """Delete namespaces that a killed run left behind (its process is gone); returns their names."""
     removed = []
-    for entry in sorted(_RUN.glob(f"{_NAME}*")) if _RUN.is_dir() else ():
+    for entry in sorted(RUN.glob(f"{_NAME}*")) if RUN.is_dir() else ():
         owner = entry.name.split("-")[2:4]
         if len(owner) != 2 or not all(part.isdigit() for part in owner):
             continue
@@ -106,19 +104,13 @@ class VethPair:
 
     def _remove(self) -> None:
         for name in (self.server_ns, self.client_ns):
-            if (_RUN / name).exists():
+            if (RUN / name).exists():
                 with suppress(KflexError):
                     _ip("netns", "delete", name)
 
     def left_behind(self) -> Sequence[str]:
         """Which of the two namespaces still exist."""
-        return [name for name in (self.server_ns, self.client_ns) if (_RUN / name).exists()]
-
-
-def _setns(fd: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.setns(fd, _CLONE_NEWNET) != 0:
-        raise os_failure("setns", ctypes.get_errno())
+        return [name for name in (self.server_ns, self.client_ns) if (RUN / name).exists()]
 
 
 @contextmanager
@@ -133,14 +125,14 @@ def inside(name: str | None) -> Iterator[None]:
         return
     home = os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        there = os.open(_RUN / name, os.O_RDONLY | os.O_CLOEXEC)
+        there = os.open(RUN / name, os.O_RDONLY | os.O_CLOEXEC)
         try:
-            _setns(there)
+            enter(there)
         finally:
             os.close(there)
         try:
             yield
         finally:
-            _setns(home)
+            enter(home)
     finally:
         os.close(home)

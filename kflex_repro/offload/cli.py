@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import click
 from rich.console import Console
@@ -14,11 +15,39 @@ from rich.live import Live
 
 from kflex_repro.errors import KflexError, Unavailable
 from kflex_repro.offload import recover as journal
-from kflex_repro.offload import session, status, table, target
+from kflex_repro.offload import netns, session, status, table, target
 
 _PORT = click.option(
     "--port", type=click.IntRange(1, 65535), default=6379, show_default=True, help="Redis port."
 )
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+def _where(command: F) -> F:
+    """The options that name the server's network namespace."""
+    command = click.option(
+        "--netns",
+        "netns_name",
+        metavar="NAME|PATH",
+        help="The server's network namespace: a name of `ip netns`, or a path.",
+    )(command)
+    return click.option(
+        "--pid",
+        type=click.IntRange(1),
+        help="The same by a process in it, as this host sees it (docker inspect -f {{.State.Pid}} NAME).",
+    )(command)
+
+
+def _namespace(pid: int | None, name: str | None) -> netns.Namespace | None:
+    if pid is not None and name is not None:
+        raise click.UsageError("--pid and --netns say the same thing: give one")
+    return netns.of(pid) if pid is not None else netns.named(name) if name is not None else None
+
+
+def _chosen(port: int | None, where: netns.Namespace | None) -> list[session.Session]:
+    """The attached sessions of this port and namespace, of all where they are not given."""
+    return [s for s in session.attached() if port in (None, s.port) and (where is None or s.is_in(where))]
 
 
 @click.group("offload")
@@ -71,6 +100,7 @@ def _ask_login(user: str | None, askpass: bool) -> target.Login | None:
 @group.command()
 @_PORT
 @click.option("--host", default="127.0.0.1", show_default=True, help="A local address of the server.")
+@_where
 @click.option(
     "--table-size",
     default="auto",
@@ -82,17 +112,26 @@ def _ask_login(user: str | None, askpass: bool) -> target.Login | None:
 @click.option("--dry-run", is_flag=True, help="Say what would be done; change nothing.")
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON.")
 def start(
-    port: int, host: str, table_size: str, user: str | None, askpass: bool, dry_run: bool, as_json: bool
+    port: int,
+    host: str,
+    pid: int | None,
+    netns_name: str | None,
+    table_size: str,
+    user: str | None,
+    askpass: bool,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Start (idempotent). It stays when this command ends, and ends with `stop` or with the server."""
     _need_root()
+    where = _namespace(pid, netns_name)
     login = _ask_login(user, askpass)
     size = table.parse_size(table_size)
     plan = table.plan(size if size is not None else table.auto(table.available()))
     if dry_run:
-        found = target.probe(port, host, login=login)
+        found = target.probe(port, host, login=login, inside=where)
         session.check_coherent(found)
-        known = session.find(port)
+        known = session.find(port, found.where)
         click.echo(
             f"{'already attached to' if known else 'would attach to'} Redis {found.version} at {host}:{port} "
             f"(pid {found.pid}), table {plan.bytes >> 20} MiB: about {plan.typical_entries:,} keys of 16 and "
@@ -100,7 +139,7 @@ def start(
         )
         return
     with Console(stderr=True).status("attaching"):
-        made = session.start(port, host, table_bytes=size, login=login)
+        made = session.start(port, host, table_bytes=size, login=login, where=where)
     try:
         if as_json:
             click.echo(json.dumps(status.as_dict(made), indent=2))
@@ -114,12 +153,13 @@ def start(
 @click.option(
     "--port", type=click.IntRange(1, 65535), help="Only this server (default: all that are attached)."
 )
+@_where
 @click.option("--json", "as_json", is_flag=True, help="As JSON: a list with one object for each server.")
 @click.option("--watch", is_flag=True, help="Refresh every second until Ctrl-C.")
-def show(port: int | None, as_json: bool, watch: bool) -> None:
+def show(port: int | None, pid: int | None, netns_name: str | None, as_json: bool, watch: bool) -> None:
     """What is attached, what is served, what is not and why. Exit code 1 when nothing is attached."""
     _need_root()
-    found = [s for s in session.attached() if port in (None, s.port)]
+    found = _chosen(port, _namespace(pid, netns_name))
     if not found:
         raise KflexError(
             "no offload is attached" + (f" to port {port}" if port else ""),
@@ -146,6 +186,7 @@ def show(port: int | None, as_json: bool, watch: bool) -> None:
 @click.option(
     "--port", type=click.IntRange(1, 65535), help="Only this server (default: all that are attached)."
 )
+@_where
 @click.option(
     "--timeout",
     type=click.FloatRange(0.1, 3600),
@@ -158,13 +199,15 @@ def show(port: int | None, as_json: bool, watch: bool) -> None:
     "--force", is_flag=True, help="Do not wait: unread replies are lost, their clients wait for ever."
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be taken off; change nothing.")
-def stop(port: int | None, timeout: float, force: bool, dry_run: bool) -> None:
+def stop(
+    port: int | None, pid: int | None, netns_name: str | None, timeout: float, force: bool, dry_run: bool
+) -> None:
     """Take the offload off: accepted SETs go into Redis, replies are read, nothing stays attached or pinned.
 
     Also after the server or the toolkit was killed. Exit code 0 when there was nothing to stop.
     """
     _need_root()
-    found = [s for s in session.attached() if port in (None, s.port)]
+    found = _chosen(port, _namespace(pid, netns_name))
     if not found:
         if not dry_run:
             session.tidy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import errno
 import os
 import socket
 import struct
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 from kflex_repro.bpf.btf import Btf
 from kflex_repro.errors import KflexError
+from kflex_repro.offload import netns
 
 
 @dataclass(frozen=True)
@@ -22,11 +24,31 @@ class Answer:
     pid: int
 
 
-def call(run_id: str, verb: str, btf: Btf, fds: list[int] | None = None, timeout: float = 10.0) -> Answer:
+def call(
+    run_id: str,
+    verb: str,
+    btf: Btf,
+    fds: list[int] | None = None,
+    timeout: float = 10.0,
+    where: netns.Namespace | None = None,
+) -> Answer:
     """Send ``verb`` (KFLEX_ATTACH, KFLEX_DETACH, KFLEX_QUERY) to the server with this run id.
 
-    Raises ConnectionError when no such server listens, KflexError when it does not answer or refuses.
+    Abstract sockets belong to a network namespace: ``where`` is the server's (None: ours). Raises
+    ConnectionError when no such server listens, KflexError when it does not answer or refuses.
     """
+    place = where or netns.here()
+
+    def ask() -> Answer:
+        return _ask(run_id, verb, btf, fds, timeout)
+
+    answer = netns.call(place, ask)
+    user = netns.user_of(answer.pid) if answer.status == -errno.EPERM else None
+    # In a user namespace of its own the server takes our root for nobody: come as its own user.
+    return answer if user is None else netns.call(place, ask, euid=user)
+
+
+def _ask(run_id: str, verb: str, btf: Btf, fds: list[int] | None, timeout: float) -> Answer:
     layout = btf.struct("kflex_msg")
     constants = btf.constants()
     message = layout(

@@ -21,15 +21,18 @@ from kflex_repro.bpf.links import Link, Program
 from kflex_repro.bpf.maps import Map
 from kflex_repro.bpf.object import Object
 from kflex_repro.errors import KflexError, Unavailable
-from kflex_repro.offload import commands, link, recover, table, target
+from kflex_repro.offload import commands, link, netns, recover, table, target
 
 _OBJECT = "offload_local"
-_MAPS = ("ctl", "heap", "buckets", "ring", "conns", "client_socks", "server_socks")
+_MAPS = ("ctl", "heap", "buckets", "ring", "conns", "client_socks", "server_socks", "server_addrs")
 _VERDICTS = (("kflex_client", "client_socks"), ("kflex_server", "server_socks"))
 _TRACING = ("kflex_switch", "kflex_exit", "kflex_exec", "kflex_read")
 _ENROL = "kflex_enrol"
 _UNREAD = "kflex_unread"
 _ROOT_NAME = "kflex"
+# module/link.c names it.
+_DRAIN_THREAD = "kflex-drain"
+_DRAIN_NICE = -10
 # A directory here says that we mounted bpffs, so that the last stop can take it away again.
 _MOUNTED = "mounted-by-kflex"
 # What the kernel itself puts into every fresh bpffs (kernel/bpf/preload).
@@ -60,12 +63,22 @@ class Session:
     @property
     def run_id(self) -> str:
         """First digits of the server's run id."""
-        return self.server_id.partition("-")[2]
+        return self.server_id.split("-")[1]
 
     @property
     def port(self) -> int:
         """The server's TCP port."""
         return int(self.server_id.partition("-")[0])
+
+    @property
+    def netns_inode(self) -> int:
+        """Inode number of the server's network namespace, 0 for the host's own."""
+        parts = self.server_id.split("-")
+        return int(parts[2]) if len(parts) > 2 else 0
+
+    def is_in(self, where: netns.Namespace) -> bool:
+        """Whether its server lives in this network namespace."""
+        return self.netns_inode == (0 if where.is_first else where.inode)
 
     @property
     def readable(self) -> bool:
@@ -185,14 +198,28 @@ class Session:
             m.stride * m.max_entries for n, m in self._maps.items() if n in ("heap", "buckets", "ring")
         )
 
+    def refresh_addresses(self) -> None:
+        """Tell the kernel which addresses the server has now: connections to others are left alone."""
+        known = self._maps["server_addrs"]
+        # store mode knows the pid from INFO only, and needs no more than loopback.
+        now = {address.packed for address in netns.addresses(self.pid)} if self.server_alive else set()
+        for stale in set(known.keys()) - now:
+            known.delete(stale)
+        for address in sorted(now)[: known.max_entries]:
+            known.update(address, b"\1")
+
     def unread(self) -> list[int]:
         """Connections whose client has not read all replies that the kernel put into its queue."""
+        return [conn for conn, waiting in self.enrolled().items() if waiting]
+
+    def enrolled(self) -> dict[int, bool]:
+        """Connections whose client's socket is in our hands, and whether it has replies of ours to read."""
         path = self.pin_dir / _UNREAD
         if not path.exists():
-            return []
+            return {}
         opened = Link.from_pin(path)
         try:
-            return [conn for conn, waiting in struct.iter_unpack("II", opened.read_iter()) if waiting]
+            return {conn: bool(waiting) for conn, waiting in struct.iter_unpack("II", opened.read_iter())}
         finally:
             opened.destroy()
 
@@ -281,8 +308,10 @@ class Session:
             run_id = self._full_run_id()
             if run_id:
                 with contextlib.suppress(ConnectionError):
+                    place = netns.of(self.pid)
                     link.require(
-                        link.call(run_id, "KFLEX_DETACH", self._btf, timeout=timeout), "let go of the table"
+                        link.call(run_id, "KFLEX_DETACH", self._btf, timeout=timeout, where=place),
+                        "let go of the table",
                     )
         self._ctl.allow = 0
 
@@ -297,12 +326,11 @@ class Session:
             )
 
     def _full_run_id(self) -> str:
-        """The server's run id from the abstract sockets of the machine: INFO may be out of reach."""
-        prefix = f"@kflex-{self.run_id}"
-        for line in Path("/proc/net/unix").read_text().splitlines():
-            name = line.split(None, 7)[-1]
+        """The server's run id from the abstract sockets of its namespace: INFO may be out of reach."""
+        prefix = f"kflex-{self.run_id}"
+        for name in netns.unix_names(self.pid):
             if name.startswith(prefix):
-                return name.removeprefix("@kflex-")
+                return name.removeprefix("kflex-")
         return ""
 
     def _discard(self) -> None:
@@ -367,6 +395,7 @@ def start(
     mode: str = "coherent",
     built: build.Built | None = None,
     login: target.Login | None = None,
+    where: netns.Namespace | None = None,
 ) -> Session:
     """Serve GET and SET of the redis-server at ``port`` from the kernel.
 
@@ -377,15 +406,21 @@ def start(
     """
     if os.geteuid() != 0:
         raise Unavailable("the offload needs root", "offload start", "run it with sudo")
-    found = target.probe(port, host, login=login)
-    if mode == "coherent":
-        check_coherent(found)
+    if not netns.in_first_pid_namespace():
+        raise Unavailable(
+            "BPF programs see the host's process ids, this pid namespace has others",
+            "offload start",
+            "run it on the host, with --pid for a server in a container",
+        )
+    found = target.probe(port, host, login=login, inside=where)
     made = built or build.ensure()
+    if mode == "coherent":
+        check_coherent(found, made)
     with _entered() as root:
         same: list[Session] = []
         stale: list[Session] = []
         for session in attached():
-            if session.port == port:
+            if session.port == port and session.is_in(found.where):
                 (same if session.server_id == found.server_id and session.server_alive else stale).append(
                     session
                 )
@@ -396,6 +431,7 @@ def start(
         for session in stale:
             session._discard()
         if same and (found.attached or same[0].mode == mode == "store"):
+            same[0].refresh_addresses()
             return same[0]
         if same:
             # Pins without a module behind them: a start that was killed half-way.
@@ -404,8 +440,8 @@ def start(
         return _start(found, root / found.server_id, table.plan(size), mode, made)
 
 
-def check_coherent(found: target.Target) -> None:
-    """KflexError unless the server is of a known version and has our module."""
+def check_coherent(found: target.Target, made: build.Built | None = None) -> None:
+    """KflexError unless the server is of a known version and has the module of this toolkit (or ``made``)."""
     where = f"{found.host}:{found.port}"
     if not found.version.startswith("7.0."):
         raise KflexError(
@@ -417,7 +453,14 @@ def check_coherent(found: target.Target) -> None:
         raise KflexError(
             "the server has not loaded kflex.so",
             where,
-            f"put 'loadmodule {build.ensure().module}' into redis.conf and restart it",
+            "`kflex-repro offload install` puts it into redis.conf; then restart the server",
+        )
+    ours = _btf(made).constants()["KFLEX_ABI"]
+    if found.module_abi != ours:
+        raise KflexError(
+            f"the server's kflex.so has ABI {found.module_abi}, this toolkit ABI {ours}",
+            where,
+            "install the module of this version (`kflex-repro offload install`) and restart the server",
         )
 
 
@@ -433,11 +476,17 @@ def _start(found: target.Target, pin_dir: Path, plan: table.Plan, mode: str, mad
     session: Session | None = None
     try:
         pid = _server_pid(found, mode, obj.btf)
-        if not target.same_network(pid):
+        if netns.of(pid).inode != found.where.inode:
             raise KflexError(
-                "the server runs in another network namespace",
+                "the server's process is in another network namespace than its port",
+                f"{found.host}:{found.port}, pid {pid}",
+                f"use --pid {pid}",
+            )
+        if netns.monotonic_offset(pid) != netns.monotonic_offset(os.getpid()):
+            raise KflexError(
+                "the server's monotonic clock is not the kernel's (a time namespace)",
                 f"pid {pid}",
-                "start the offload in that namespace",
+                "run it without one",
             )
         started = target.start_time(pid)
         obj.maps["heap"].set_max_entries(plan.chunks)
@@ -445,7 +494,7 @@ def _start(found: target.Target, pin_dir: Path, plan: table.Plan, mode: str, mad
         obj.maps["ring"].set_max_entries(plan.ring)
         obj.set_rodata(
             port=found.port,
-            netns_cookie=target.netns_cookie(),
+            netns_cookie=netns.cookie(found.where),
             bucket_mask=plan.buckets - 1,
             ring_mask=plan.ring - 1,
             heap_cells=plan.chunks * obj.btf.constants()["KFLEX_CHUNK_CELLS"],
@@ -457,6 +506,7 @@ def _start(found: target.Target, pin_dir: Path, plan: table.Plan, mode: str, mad
         _fill(session, obj, plan, found, mode, pid, started)
         if mode == "coherent":
             _give_to(pin_dir, Path(f"/proc/{pid}").stat())
+        session.refresh_addresses()
         for name, map_name in _VERDICTS:
             obj.programs[name].attach_map(obj.maps[map_name], AttachType.SK_MSG_VERDICT)
         unread = obj.programs[_UNREAD].attach_iter(obj.maps["client_socks"])
@@ -465,8 +515,9 @@ def _start(found: target.Target, pin_dir: Path, plan: table.Plan, mode: str, mad
         session._attach_hooks()
         if mode == "coherent":
             fds = [obj.maps[name].fd for name in ("ctl", "heap", "buckets", "ring")]
-            answer = link.call(found.run_id, "KFLEX_ATTACH", obj.btf, fds)
+            answer = link.call(found.run_id, "KFLEX_ATTACH", obj.btf, fds, where=found.where)
             link.require(answer, "attach")
+            _hurry(pid)
         return session
     except BaseException:
         (session or Session(pin_dir, obj.btf, obj))._remove()
@@ -478,18 +529,32 @@ def _server_pid(found: target.Target, mode: str, btf: Btf) -> int:
     if mode == "store":
         return found.pid
     try:
-        answer = link.call(found.run_id, "KFLEX_QUERY", btf)
+        answer = link.call(found.run_id, "KFLEX_QUERY", btf, where=found.where)
     except ConnectionError:
         raise KflexError(
             "the server's kflex.so cannot be reached",
             f"{found.host}:{found.port}",
-            "it must run on this host and in this network namespace",
+            "it must run on this host, in the network namespace of its port",
         ) from None
     link.require(answer, "talk to this toolkit")
     if answer.attached:
         # Left by a forced stop: nothing is pinned, so no program serves from it.
-        link.require(link.call(found.run_id, "KFLEX_DETACH", btf), "let go of its old table")
+        old = link.call(found.run_id, "KFLEX_DETACH", btf, where=found.where)
+        link.require(old, "let go of its old table")
+    if answer.pid <= 0:
+        raise KflexError(
+            "the server's process cannot be seen from here", f"{found.host}:{found.port}", "run on the host"
+        )
     return answer.pid
+
+
+def _hurry(pid: int) -> None:
+    """Clients wait for the little that the drain thread does. The server may not raise a priority itself: a
+    service's system call filter kills it for that."""
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):
+            if (task / "comm").read_text().strip() == _DRAIN_THREAD:
+                os.setpriority(os.PRIO_PROCESS, int(task.name), _DRAIN_NICE)
 
 
 def _pin_all(obj: Object, pin_dir: Path) -> None:
@@ -571,21 +636,21 @@ def tidy() -> None:
             _leave_root(root)
 
 
-def find(port: int) -> Session | None:
-    """The session of ``port``, None if there is none."""
+def find(port: int, where: netns.Namespace | None = None) -> Session | None:
+    """The session of ``port``, in this network namespace if one is given; None if there is none."""
     hit = None
     for session in attached():
-        if session.port == port and hit is None:
+        if session.port == port and hit is None and (where is None or session.is_in(where)):
             hit = session
         else:
             session.close()
     return hit
 
 
-def _btf() -> Btf:
+def _btf(made: build.Built | None = None) -> Btf:
     from kflex_repro.bpf import btf
 
-    return btf.load(build.ensure().object(_OBJECT))
+    return btf.load((made or build.ensure()).object(_OBJECT))
 
 
 # --- places and locks --------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from kflex_repro.errors import KflexError
+from kflex_repro.offload import netns
 
 _NO_LOGIN = (
     "give it: --askpass, or in the environment variable REDISCLI_AUTH (--user NAME for another than default)"
@@ -28,7 +28,7 @@ class Login:
 
 @dataclass(frozen=True)
 class Target:
-    """What INFO says of a server: ``module_abi`` is None without our module."""
+    """What INFO says of a server: ``module_abi`` is None without our module, ``pid`` is as it sees itself."""
 
     host: str
     port: int
@@ -37,19 +37,33 @@ class Target:
     pid: int
     module_abi: int | None
     attached: bool
+    where: netns.Namespace
 
     @property
     def server_id(self) -> str:
-        """Name of this incarnation: the directory of its pins."""
-        return f"{self.port}-{self.run_id[:12]}"
+        """Name of this incarnation: the directory of its pins. Each network namespace has its own ports."""
+        name = f"{self.port}-{self.run_id[:12]}"
+        return name if self.where.is_first else f"{name}-{self.where.inode}"
 
 
-def probe(port: int, host: str = "127.0.0.1", timeout: float = 3.0, login: Login | None = None) -> Target:
+def probe(
+    port: int,
+    host: str = "127.0.0.1",
+    timeout: float = 3.0,
+    login: Login | None = None,
+    inside: netns.Namespace | None = None,
+) -> Target:
     """Ask the server at ``host:port`` who it is, after ``login`` if given.
 
-    KflexError for whatever is not a usable Redis, or does not let us in.
+    ``inside`` is the network namespace where that address is the server's (None: ours). KflexError for
+    whatever is not a usable Redis, or does not let us in.
     """
-    where = f"{host}:{port}"
+    namespace = inside or netns.here()
+    return netns.call(namespace, lambda: _probe(port, host, timeout, login, namespace))
+
+
+def _probe(port: int, host: str, timeout: float, login: Login | None, namespace: netns.Namespace) -> Target:
+    where = f"{host}:{port}" + ("" if namespace.inode == netns.here().inode else f" in {namespace.path}")
     client = redis.Redis(
         host=host,
         port=port,
@@ -86,9 +100,7 @@ def probe(port: int, host: str = "127.0.0.1", timeout: float = 3.0, login: Login
     except redis.exceptions.ConnectionError as error:
         text = str(error)
         if "refused" in text:
-            raise KflexError(
-                "nothing listens there", where, "start redis-server, or give its --port"
-            ) from None
+            raise KflexError("nothing listens there", where, _elsewhere(port)) from None
         raise KflexError(
             f"no plain Redis there: {text}", where, "TLS ports and other protocols cannot be offloaded"
         ) from None
@@ -107,7 +119,17 @@ def probe(port: int, host: str = "127.0.0.1", timeout: float = 3.0, login: Login
         pid=int(server["process_id"]),
         module_abi=int(abi) if abi is not None else None,
         attached=bool(module.get("kflex_attached", 0)) if isinstance(module, dict) else False,
+        where=namespace,
     )
+
+
+def _elsewhere(port: int) -> str:
+    """What to do when nothing listens on a port here."""
+    pids = netns.listeners_elsewhere(port)
+    if not pids:
+        return "start redis-server, or give its --port"
+    names = " or ".join(f"--pid {pid}" for pid in pids[:4])
+    return f"something in another network namespace (a container?) listens on this port: {names}"
 
 
 def start_time(pid: int) -> int:
@@ -117,17 +139,3 @@ def start_time(pid: int) -> int:
     except OSError:
         raise KflexError(f"no process {pid}", "/proc", "did the server end just now?") from None
     return int(stat.rpartition(")")[2].split()[19])
-
-
-def same_network(pid: int) -> bool:
-    """Whether ``pid`` lives in our network namespace."""
-    try:
-        return Path(f"/proc/{pid}/ns/net").readlink() == Path("/proc/self/ns/net").readlink()
-    except OSError:
-        return False
-
-
-def netns_cookie() -> int:
-    """The kernel's cookie of our network namespace (SO_NETNS_COOKIE, Linux 5.14)."""
-    with socket.socket() as probe_socket:
-        return int.from_bytes(probe_socket.getsockopt(socket.SOL_SOCKET, 71, 8), "little")

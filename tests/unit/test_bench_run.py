@@ -198,7 +198,7 @@ def test_sweep_leaves_namespaces_of_the_living(monkeypatch: pytest.MonkeyPatch, 
     from kflex_repro.bench import netns
 
     deleted: list[str] = []
-    monkeypatch.setattr(netns, "_RUN", tmp_path)
+    monkeypatch.setattr(netns, "RUN", tmp_path)
     monkeypatch.setattr(netns, "_ip", lambda *args: deleted.append(args[-1]))
     mine = VethPair().server_ns
     stale = f"kflexb-s-{os.getpid()}-1-abcd"
