@@ -325,12 +325,14 @@ void kflex_recover_written(RedisModuleCtx *ctx)
 
 static void look_in(RedisModuleCtx *ctx, const char *mount, unsigned port, int aof)
 {
+	const char *last = strrchr(mount, '/');
 	char root[256], dir[600];
 	struct dirent *d;
 	DIR *all;
 	int allowed = 0;
 
-	snprintf(root, sizeof(root), "%s/kflex", mount);
+	/* A service sees our directory alone, bound to a place that its user can reach (offload install). */
+	snprintf(root, sizeof(root), "%s%s", mount, last && !strcmp(last, "/kflex") ? "" : "/kflex");
 	all = opendir(root);
 	while (all && (d = readdir(all))) {
 		if (!atoi(d->d_name)) /* PORT-RUNID */

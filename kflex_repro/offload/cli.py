@@ -13,9 +13,11 @@ import click
 from rich.console import Console
 from rich.live import Live
 
+from kflex_repro import build
 from kflex_repro.errors import KflexError, Unavailable
+from kflex_repro.offload import install as installation
+from kflex_repro.offload import netns, session, status, systemd, table, target
 from kflex_repro.offload import recover as journal
-from kflex_repro.offload import netns, session, status, table, target
 
 _PORT = click.option(
     "--port", type=click.IntRange(1, 65535), default=6379, show_default=True, help="Redis port."
@@ -54,8 +56,8 @@ def _chosen(port: int | None, where: netns.Namespace | None) -> list[session.Ses
 def group() -> None:
     """Serve GET and SET of a running redis-server in the kernel.
 
-    The server must be Redis 7.0 with the module loaded: `kflex-repro build` says where kflex.so is, and a
-    line `loadmodule PATH` in redis.conf loads it. Clients on this host that connect after `start` are served.
+    The server must be Redis 7.0 with the module loaded: `install` sees to that. Clients on this host that
+    connect after `start` are served.
     """
 
 
@@ -279,3 +281,95 @@ def recover(port: int | None, path: Path | None, discard: bool, dry_run: bool, a
             one.stop(force=True)
         else:
             one.close()
+
+
+@group.command()
+@click.option(
+    "--config",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="The redis.conf of the server.",
+)
+@click.option("--port", type=click.IntRange(1, 65535), help="Or ask the running server at this port for it.")
+@click.option(
+    "--prefix",
+    type=click.Path(path_type=Path),
+    default=installation.PREFIX,
+    show_default=True,
+    metavar="DIR",
+    help="Where kflex.so is put: a place from which the service may execute code.",
+)
+@click.option("--unit", metavar="NAME", help="Its systemd service (default: the one that runs this file).")
+@click.option("--revert", is_flag=True, help="Take it out again.")
+@click.option("--dry-run", is_flag=True, help="Say what would be done; change nothing.")
+@click.option("--json", "as_json", is_flag=True, help="The same as JSON.")
+def install(
+    config: Path | None,
+    port: int | None,
+    prefix: Path,
+    unit: str | None,
+    revert: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Have redis-server load kflex.so when it starts next (idempotent).
+
+    Copies the module, adds a `loadmodule` line to redis.conf (the original is kept beside it), and writes a
+    systemd drop-in for what the service must be allowed. The new configuration is tried with a redis-server
+    that listens nowhere before it takes the place of the old one. Nothing is restarted.
+    """
+    if (config is None) == (port is None):
+        raise click.UsageError("give --config FILE or --port N")
+    if not dry_run:
+        _need_root()
+    service: systemd.Unit | None = None
+    if port is not None:
+        found = target.probe(port)
+        config = installation.config_of(found)
+        service = systemd.of_pid(found.pid)
+    assert config is not None
+    if unit is not None:
+        service = systemd.read(unit)
+    service = service or systemd.of_config(config)
+    if revert:
+        made = installation.revert_plan(config, service, prefix)
+    else:
+        made = installation.plan(config, build.ensure().module, service, prefix)
+    if not dry_run:
+        with Console(stderr=True).status("trying the new configuration"):
+            kinds = {change.path: change.kind for change in made.changes}
+            was_done = made.is_done
+            installation.apply(made, verify=not revert)
+    else:
+        kinds = {change.path: change.kind for change in made.changes}
+        was_done = made.is_done
+    if as_json:
+        click.echo(
+            json.dumps(
+                {
+                    "config": str(made.target),
+                    "unit": service.name if service else None,
+                    "dry_run": dry_run,
+                    "unchanged": was_done,
+                    "changes": [
+                        {"path": str(change.path), "kind": kinds[change.path], "why": change.why}
+                        for change in made.changes
+                    ],
+                    "notes": list(made.notes),
+                    "next": [] if was_done else list(made.next),
+                },
+                indent=2,
+            )
+        )
+        return
+    words = {"create": "written", "change": "changed", "remove": "removed"}
+    for change in made.changes:
+        kind = kinds[change.path]
+        if kind != "keep":
+            click.echo(f"{f'would {kind}' if dry_run else words[kind]}  {change.path}  ({change.why})")
+    for note in made.notes:
+        click.echo(f"note: {note}")
+    if was_done:
+        click.echo(f"nothing to do: {made.target} {'does not load' if revert else 'loads'} kflex.so")
+    else:
+        click.echo("then: " + "; ".join(made.next))

@@ -56,7 +56,9 @@ class Session:
         layout = btf.struct("kflex_ctl")
         # Pins of another version of ours: stop() can take them away, nothing else is known about them.
         if "ctl" in self._maps and self._maps["ctl"].value_size == ctypes.sizeof(layout):
-            self._ctl = layout.from_buffer(self._maps["ctl"].mmap())
+            found = layout.from_buffer(self._maps["ctl"].mmap())
+            # 0: a start that was killed before it had filled it in.
+            self._ctl = found if found.abi in (0, self._const("KFLEX_ABI")) else None
 
     # --- what it is ----------------------------------------------------------------------------------------
 
@@ -401,8 +403,9 @@ def start(
 
     The server must be a Redis 7.0 with kflex.so loaded (mode ``store``, for benchmarks only: without). Where
     it is attached already, that session is returned. ``table_bytes``: RAM for the table, None for an eighth
-    of what is free. ``login``: as whom to ask the server what it is, where it wants a password. KflexError,
-    with nothing left behind, for whatever is in the way.
+    of what is free. ``login``: as whom to ask the server what it is, where it wants a password. ``where``: the
+    network namespace in which ``host:port`` is the server, None for ours. KflexError, with nothing left
+    behind, for whatever is in the way.
     """
     if os.geteuid() != 0:
         raise Unavailable("the offload needs root", "offload start", "run it with sudo")
@@ -416,14 +419,20 @@ def start(
     made = built or build.ensure()
     if mode == "coherent":
         check_coherent(found, made)
+        link.require(_query(found, _btf(made)), "talk to this toolkit")
     with _entered() as root:
         same: list[Session] = []
         stale: list[Session] = []
         for session in attached():
-            if session.port == port and session.is_in(found.where):
+            if session.port != port:
+                session.close()
+            elif session.is_in(found.where):
                 (same if session.server_id == found.server_id and session.server_alive else stale).append(
                     session
                 )
+            elif not session.server_alive and not session.leftovers():
+                # A container's: started again, it has another network namespace.
+                stale.append(session)
             else:
                 session.close()
         for session in stale:
@@ -524,18 +533,23 @@ def _start(found: target.Target, pin_dir: Path, plan: table.Plan, mode: str, mad
         raise
 
 
-def _server_pid(found: target.Target, mode: str, btf: Btf) -> int:
-    """The server's pid as we see it: INFO's may be of an inner pid namespace."""
-    if mode == "store":
-        return found.pid
+def _query(found: target.Target, btf: Btf) -> link.Answer:
+    """The module's word on itself; KflexError where it cannot be reached."""
     try:
-        answer = link.call(found.run_id, "KFLEX_QUERY", btf, where=found.where)
+        return link.call(found.run_id, "KFLEX_QUERY", btf, where=found.where)
     except ConnectionError:
         raise KflexError(
             "the server's kflex.so cannot be reached",
             f"{found.host}:{found.port}",
             "it must run on this host, in the network namespace of its port",
         ) from None
+
+
+def _server_pid(found: target.Target, mode: str, btf: Btf) -> int:
+    """The server's pid as we see it: INFO's may be of an inner pid namespace."""
+    if mode == "store":
+        return found.pid
+    answer = _query(found, btf)
     link.require(answer, "talk to this toolkit")
     if answer.attached:
         # Left by a forced stop: nothing is pinned, so no program serves from it.

@@ -28,7 +28,10 @@ class Login:
 
 @dataclass(frozen=True)
 class Target:
-    """What INFO says of a server: ``module_abi`` is None without our module, ``pid`` is as it sees itself."""
+    """What INFO says of a server: ``module_abi`` is None without our module, ``pid`` is as it sees itself.
+
+    ``config`` is its configuration file, "" if it was started without.
+    """
 
     host: str
     port: int
@@ -38,6 +41,7 @@ class Target:
     module_abi: int | None
     attached: bool
     where: netns.Namespace
+    config: str = ""
 
     @property
     def server_id(self) -> str:
@@ -120,6 +124,7 @@ def _probe(port: int, host: str, timeout: float, login: Login | None, namespace:
         module_abi=int(abi) if abi is not None else None,
         attached=bool(module.get("kflex_attached", 0)) if isinstance(module, dict) else False,
         where=namespace,
+        config=str(server.get("config_file", "")),
     )
 
 
