@@ -1,4 +1,4 @@
-"""Run a command as systemd runs a hardened service: `python confined.py SYSCALL... -- COMMAND`.
+"""Run a command as systemd runs a hardened service: `python confined.py UID SYSCALL... -- COMMAND`.
 
 Only these system calls are let through, all others kill the process; besides it may have all open files that
 it ever may, no new privileges, and no memory both writable and executable.
@@ -71,7 +71,7 @@ def _filter(names: Iterable[str]) -> bytes:
 
 def main() -> None:
     at = sys.argv.index("--")
-    names, command = sys.argv[1:at], sys.argv[at + 1 :]
+    uid, names, command = int(sys.argv[1]), sys.argv[2:at], sys.argv[at + 1 :]
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     libc = ctypes.CDLL(None, use_errno=True)
@@ -79,6 +79,10 @@ def main() -> None:
         raise OSError(ctypes.get_errno(), "PR_SET_NO_NEW_PRIVS")
     libc.prctl(_PR_SET_MDWE, 1, 0, 0, 0)  # Linux 6.3; systemd uses a filter before
     code = _filter(names)
+    if uid:
+        os.setgroups([])
+        os.setresgid(uid, uid, uid)
+        os.setresuid(uid, uid, uid)
     place = ctypes.create_string_buffer(code)
     program = ctypes.create_string_buffer(struct.pack("HxxxxxxQ", len(code) // 8, ctypes.addressof(place)))
     if libc.prctl(_PR_SET_SECCOMP, 2, program, 0, 0):

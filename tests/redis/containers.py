@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,15 @@ def _is_server(pid: int) -> bool:
         return Path(f"/proc/{pid}/comm").read_text().strip() == "redis-server"
     except OSError:
         return False
+
+
+@contextlib.contextmanager
+def public_directory(uid: int) -> Iterator[Path]:
+    """A directory that everyone may enter, unlike pytest's; it belongs to this user."""
+    with tempfile.TemporaryDirectory(prefix="kflex-public-") as name:
+        os.chown(name, uid, -1)
+        Path(name).chmod(0o755)
+        yield Path(name)
 
 
 def ip(netns: str, *args: str) -> None:

@@ -25,8 +25,8 @@ from kflex_repro.offload import session as offload
 from kflex_repro.redis.server import ManagedServer, free_port, redis_binary
 from tests.conftest import unavailable
 from tests.redis import confined
-from tests.redis.containers import Contained
-from tests.redis.harness import PLAIN_ONLY, Conn, Snapshot, cli, eventually, need_offload
+from tests.redis.containers import Contained, public_directory
+from tests.redis.harness import PLAIN_ONLY, Conn, Snapshot, Timeout, cli, eventually, need_offload
 
 pytestmark = [
     pytest.mark.bpf,
@@ -176,7 +176,7 @@ def test_what_cannot_be_installed(config: Path) -> None:
 # --- a service as Debian hardens it ------------------------------------------------------------------------
 
 
-def hardened(*more: str) -> list[str]:
+def hardened(*more: str, uid: int = 0) -> list[str]:
     """What runs a command under the filter of Debian's unit, and these further SystemCallFilter= lines."""
     if shutil.which("systemd-analyze") is None or not confined._NUMBERS.exists():
         unavailable("systemd-analyze or the kernel's headers are not installed")
@@ -184,7 +184,7 @@ def hardened(*more: str) -> list[str]:
     assert len(filters) == 2
     names = sorted(confined.allowed([*filters, *more]))
     assert ("bpf" in names) == bool(more) and "setpriority" not in names
-    return [sys.executable, str(Path(confined.__file__)), *names, "--"]
+    return [sys.executable, str(Path(confined.__file__)), str(uid), *names, "--"]
 
 
 def test_served_under_debians_system_call_filter() -> None:
@@ -214,6 +214,58 @@ def test_the_filter_is_a_filter() -> None:
     """The test above would see a forbidden call: this command makes one, and dies of it."""
     done = subprocess.run([*hardened(), "nice", "-n", "5", "true"], capture_output=True, check=False)
     assert done.returncode == -signal.SIGSYS
+
+
+def accepted_by_the_kernel_alone(server: ManagedServer) -> bytes:
+    """The value of a SET that a stopped server cannot have seen, b"" if the gate was closed this time."""
+    with Conn(server.port, timeout=0.3) as conn:
+        assert conn.do("PING") == b"PONG"
+        value = os.urandom(8).hex().encode()
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            assert conn.do("SET", "k", value) == b"OK"
+        except Timeout:
+            os.kill(server.pid, signal.SIGCONT)
+            return b""
+        return value
+
+
+@pytest.mark.parametrize("drop_in", [True, False], ids=["with the drop-in", "without"])
+def test_a_service_recovers_after_a_crash(drop_in: bool) -> None:
+    """As a user who cannot reach bpffs, under the filter: our drop-in is what recovery needs."""
+    need = [
+        each.setting
+        for each in systemd.Unit("x", tuple(systemd.parse(UNIT.read_text()))).needs(install.PREFIX)
+    ]
+    assert need == ["SystemCallFilter=bpf", f"BindPaths=-/sys/fs/bpf/kflex:{systemd.PINS}"]
+    user = 65534
+    with public_directory(user) as home:
+        # BindPaths=-SOURCE:PLACE, at a place of our own; and bpffs as a systemd host shows it to users.
+        place = home / Path(systemd.PINS).name
+        place.mkdir()
+        bind = f"mount --bind /sys/fs/bpf/kflex {place}" if drop_in else "true"
+        script = f'chown {user} {{home}}; {bind} 2>/dev/null; umount -l /sys/fs/bpf 2>/dev/null; exec "$@"'
+        wrap = ["unshare", "--mount", "sh", "-c", script, "sh"]
+        wrap += hardened(*(["bpf"] if drop_in else []), uid=user)
+        server = Contained(
+            ["--maxclients", "500", "--appendonly", "yes"],
+            wrap=wrap,
+            module=Path(shutil.copy(build.ensure().module, home)),
+            dir=home,
+        )
+        with server:
+            session = offload.start(server.port, table_bytes=TABLE)
+            value = eventually(lambda: accepted_by_the_kernel_alone(server), 20)
+            server.kill()
+            assert session.leftovers()
+            server.start()
+            with Conn(server.port) as conn:
+                assert (conn.do("GET", "k") == value) == drop_in, server.log.read_text()
+            assert bool(session.leftovers()) != drop_in
+            session.close()
+            left = offload.find(server.port)
+            assert left is not None
+            left.stop(force=True)
 
 
 # --- halves of different versions --------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import select
 import shutil
 import socket
@@ -24,7 +23,7 @@ from kflex_repro.offload import netns
 from kflex_repro.offload import session as offload
 from kflex_repro.redis.server import ManagedServer, free_port
 from tests.conftest import unavailable
-from tests.redis.containers import Contained, ip, nft
+from tests.redis.containers import Contained, ip, nft, public_directory
 from tests.redis.harness import (
     PLAIN_ONLY,
     Conn,
@@ -252,25 +251,23 @@ def test_a_server_in_a_chroot(tmp_path: Path) -> None:
             must_serve(session, conn, "k")
 
 
-def test_a_server_in_a_user_namespace(tmp_path: Path) -> None:
+def test_a_server_in_a_user_namespace() -> None:
     """A rootless container does not know the host's root: the toolkit comes to it as its own user."""
-    module = tmp_path / "kflex.so"
-    shutil.copy(build.ensure().module, module)
-    for directory in (tmp_path, *tmp_path.parents):
-        if not directory.stat().st_mode & 0o001 and directory.stat().st_uid == os.geteuid():
-            directory.chmod(0o711)
-            if directory.name.startswith("pytest-of"):
-                break
-    home = tmp_path / "home"
-    home.mkdir()
-    os.chown(home, 65534, 65534)
     nobody = ("setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups")
     rootless = (*nobody, "unshare", "--user", "--map-root-user", "--net", "--pid", "--fork", "--kill-child")
     if subprocess.run([*rootless, "true"], capture_output=True, check=False).returncode:
         unavailable("this machine has no user namespaces for users")
     give = ("sh", "-c", 'chown 65534 {home} && exec "$@"', "sh")
     up = ("sh", "-c", 'ip link set lo up && exec "$@"', "sh")
-    with contained(None, wrap=[*give, *rootless, *up], module=module, dir=home) as server:
+    with (
+        public_directory(65534) as home,
+        contained(
+            None,
+            wrap=[*give, *rootless, *up],
+            module=shutil.copy(build.ensure().module, home),
+            dir=home,
+        ) as server,
+    ):
         where = netns.of(server.pid)
         assert netns.user_of(server.pid) == 65534
         with offload.start(server.port, table_bytes=TABLE, where=where) as session:
