@@ -76,6 +76,7 @@ def as_dict(session: Session) -> dict[str, Any]:
         "server_id": session.server_id,
         "port": session.port,
         "pid": session.pid,
+        "netns": session.netns_inode,
         "mode": session.mode,
         "server_alive": session.server_alive,
         "state": session.disabled,
@@ -105,7 +106,8 @@ def render(data: Mapping[str, Any]) -> RenderableType:
     else:
         state = Text("serving nothing", style="bold yellow")
     head = Table.grid(padding=(0, 2))
-    head.add_row("port", f"{data['port']} (pid {data['pid']}, {data['mode']})")
+    place = f", in network namespace {data['netns']}" if data["netns"] else ""
+    head.add_row("port", f"{data['port']} (pid {data['pid']}, {data['mode']}{place})")
     head.add_row("state", state)
     for text in data["rules"].values():
         head.add_row("", f"because {text}")

@@ -11,56 +11,18 @@ import os
 import re
 import resource
 import struct
-import subprocess
 import sys
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 
-_NUMBERS = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
+NUMBERS = Path("/usr/include/x86_64-linux-gnu/asm/unistd_64.h")
 _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS, _PR_SET_MDWE = 22, 38, 65
 _AUDIT_ARCH_X86_64 = 0xC000003E
 _KILL, _ALLOW = 0x80000000, 0x7FFF0000
 
 
-@cache
-def _sets() -> dict[str, list[str]]:
-    """systemd's named sets of system calls, as they are written."""
-    text = subprocess.run(
-        ["systemd-analyze", "syscall-filter"], capture_output=True, text=True, check=True
-    ).stdout
-    found: dict[str, list[str]] = {}
-    name = ""
-    for line in text.splitlines():
-        if line.startswith("@"):
-            name = line.strip()
-            found[name] = []
-        elif line.startswith(" ") and name and not line.strip().startswith("#"):
-            found[name].append(line.strip())
-        elif line.startswith("#"):
-            name = ""
-    return found
-
-
-def expand(words: Iterable[str]) -> set[str]:
-    """System calls of a list of names and @sets."""
-    found: set[str] = set()
-    for word in words:
-        found |= expand(_sets()[word]) if word.startswith("@") else {word}
-    return found
-
-
-def allowed(filters: Iterable[str]) -> set[str]:
-    """What SystemCallFilter= assignments that begin with an allow-list leave; systemd adds @default."""
-    kept = expand(["@default"])
-    for value in filters:
-        words = expand(value.lstrip("~").split())
-        kept = kept - words if value.startswith("~") else kept | words
-    return kept
-
-
 def _filter(names: Iterable[str]) -> bytes:
-    numbers = dict(re.findall(r"#define __NR_(\w+) (\d+)", _NUMBERS.read_text()))
+    numbers = dict(re.findall(r"#define __NR_(\w+) (\d+)", NUMBERS.read_text()))
     load, jump, ret = 0x20, 0x15, 0x06
     code = [(load, 0, 0, 4), (jump, 1, 0, _AUDIT_ARCH_X86_64), (ret, 0, 0, _KILL), (load, 0, 0, 0)]
     for name in sorted(names):

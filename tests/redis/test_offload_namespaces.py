@@ -183,6 +183,9 @@ def test_the_command_line(veth: VethPair) -> None:
         path = f"/run/netns/{veth.server_ns}"
         shown = cli("offload", "status", "--port", port, "--netns", path, "--json")
         assert [one["pid"] for one in json.loads(shown.stdout)] == [server.pid]
+        inode = Path(path).stat().st_ino
+        assert [one["netns"] for one in json.loads(shown.stdout)] == [inode]
+        assert f"network namespace {inode}" in cli("offload", "status", "--port", port, *pid).stdout
         other = cli("offload", "status", "--port", port, "--netns", veth.client_ns)
         assert other.returncode == 1 and "no offload is attached" in other.stderr
         stopped = cli("offload", "stop", "--port", port, *pid)
