@@ -291,6 +291,7 @@ def recover(port: int | None, path: Path | None, discard: bool, dry_run: bool, a
     help="The redis.conf of the server.",
 )
 @click.option("--port", type=click.IntRange(1, 65535), help="Or ask the running server at this port for it.")
+@_login
 @click.option(
     "--prefix",
     type=click.Path(path_type=Path),
@@ -306,6 +307,8 @@ def recover(port: int | None, path: Path | None, discard: bool, dry_run: bool, a
 def install(
     config: Path | None,
     port: int | None,
+    user: str | None,
+    askpass: bool,
     prefix: Path,
     unit: str | None,
     revert: bool,
@@ -324,7 +327,7 @@ def install(
         _need_root()
     service: systemd.Unit | None = None
     if port is not None:
-        found = target.probe(port)
+        found = target.probe(port, login=_ask_login(user, askpass))
         config = installation.config_of(found)
         service = systemd.of_pid(found.pid)
     assert config is not None

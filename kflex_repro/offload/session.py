@@ -403,9 +403,9 @@ def start(
 
     The server must be a Redis 7.0 with kflex.so loaded (mode ``store``, for benchmarks only: without). Where
     it is attached already, that session is returned. ``table_bytes``: RAM for the table, None for an eighth
-    of what is free. ``login``: as whom to ask the server what it is, where it wants a password. ``where``: the
-    network namespace in which ``host:port`` is the server, None for ours. KflexError, with nothing left
-    behind, for whatever is in the way.
+    of what is free. ``login``: as whom to ask the server what it is, where it wants a password.
+    ``where``: the network namespace in which ``host:port`` is the server, None for ours. KflexError, with
+    nothing left behind, for whatever is in the way.
     """
     if os.geteuid() != 0:
         raise Unavailable("the offload needs root", "offload start", "run it with sudo")
@@ -430,7 +430,7 @@ def start(
                 (same if session.server_id == found.server_id and session.server_alive else stale).append(
                     session
                 )
-            elif not session.server_alive and not session.leftovers():
+            elif session.readable and not session.server_alive and not session.leftovers():
                 # A container's: started again, it has another network namespace.
                 stale.append(session)
             else:
