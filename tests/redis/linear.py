@@ -408,6 +408,7 @@ def search(ops: Sequence[Op], start: State, slack: int = 0, budget: int = BUDGET
     # A read that nobody heard the answer of says nothing.
     void = [op.reply is LOST and op.name in READS for op in ops]
     after = _predecessors(ops, void)
+    needs, makers = _needs(ops)
     looks = [op.reply is not LOST and only_looked(op) for op in ops]
     seen: set[tuple[int, int, State]] = set()
     Trail = tuple[Any, int]  # (the trail before, an operation): shared by all attempts that begin alike
@@ -443,7 +444,11 @@ def search(ops: Sequence[Op], start: State, slack: int = 0, budget: int = BUDGET
             choices: list[tuple[int, int, State]] = []
             for index in waiting:
                 op = ops[index]
-                states = outcomes(state, op, slack)
+                states = [
+                    each
+                    for each in outcomes(state, op, slack)
+                    if each is state or not _dead(state, each, index, base, mask, needs, makers)
+                ]
                 if op.reply is not LOST:
                     if looks[index] and any(each is state for each in states):
                         choices = [(0, index, state)]
@@ -465,6 +470,78 @@ def search(ops: Sequence[Op], start: State, slack: int = 0, budget: int = BUDGET
                     break
                 seen.add((base, mask, state))
     return Found(None, _unwind(best), looked=looked)
+
+
+def _dead(
+    before: State, after: State, index: int, base: int, mask: int, needs: Wanted, makers: Wanted
+) -> bool:
+    """Whether this step takes away a value that somebody still reads and that nobody will make again."""
+    left = {alive(slot) for slot in after}
+    for slot in before:
+        value = alive(slot)
+        if value is None or value in left or value not in needs:
+            continue
+
+        def to_come(each: int) -> bool:
+            return each != index and each >= base and not mask >> (each - base) & 1
+
+        if any(map(to_come, needs[value])) and not any(map(to_come, makers.get(value, ()))):
+            return True
+    return False
+
+
+Wanted = dict[bytes, list[int]]
+"""By value: indices of operations."""
+
+
+def _needs(ops: Sequence[Op]) -> tuple[Wanted, Wanted]:
+    """Who has read which value out of a key (so it was there), and who can make it."""
+    needs: Wanted = {}
+    for index, op in enumerate(ops):
+        for value in _seen(op):
+            if type(value) is bytes:
+                needs.setdefault(value, []).append(index)
+    by_length: dict[Any, list[bytes]] = {}
+    for value in needs:
+        by_length.setdefault(len(value), []).append(value)
+    makers: Wanted = {}
+    for index, op in enumerate(ops):
+        parts = [(op.name, op.args, op.reply)]
+        if op.name == "EXEC":
+            commands = [each for each in op.args if each[0] != "WATCHED"]
+            replies = op.reply if type(op.reply) is tuple else (LOST,) * len(commands)
+            parts = [(name, args, reply) for (name, _, args), reply in zip(commands, replies, strict=True)]
+        for name, args, reply in parts:
+            if name == "APPEND":
+                fitting = needs if reply is LOST else by_length.get(reply, ())
+                made = [value for value in fitting if value.endswith(args[0])]
+            elif name == "INCR" and reply is LOST:
+                made = [value for value in needs if value.lstrip(b"-").isdigit()]
+            elif name == "INCR":
+                made = [b"%d" % reply] if type(reply) is int else []
+            else:
+                made = [arg for arg in args if type(arg) is bytes]
+            for value in made:
+                makers.setdefault(value, []).append(index)
+    return needs, makers
+
+
+def _seen(op: Op) -> Iterable[Any]:
+    """Values that were in a key, says this reply, when the operation came (not what it put there itself)."""
+    name, reply = op.name, op.reply
+    if reply is LOST:
+        return ()
+    if name in ("GET", "GETDEL", "EVAL touch") or (name == "GETRANGE" and reply):
+        return (reply,)
+    if name == "GETSET":
+        return (reply,) if reply not in op.args else ()
+    if name == "INCR" and type(reply) is int and reply != 1:
+        return (b"%d" % (reply - 1),)
+    if name in ("MGET", "EVAL exchange"):
+        return reply if type(reply) is tuple else ()
+    if name == "PIN":
+        return [slot[0] for slot in reply if slot is not None]
+    return ()
 
 
 def _placed(base: int, mask: int, index: int) -> tuple[int, int]:

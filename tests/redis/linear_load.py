@@ -78,6 +78,8 @@ class Config:
     batch: int = 20_000
     seed: int = 1
     reply_timeout: float = 10.0
+    blocked: float = 0.02
+    """Share of actions that are a BLPOP with commands behind it."""
     breaks: float = 0.002
     """Share of messages whose connection breaks before the reply is read."""
 
@@ -368,7 +370,7 @@ def plan(config: Config, batch: int, number: int) -> Plan:
     rng = random.Random(f"plan/{config.seed}/{batch}/{number}")
     keys = rng.choice((1, 2, 4, 4))
     count = rng.choice((1, 2, 6, 15, 50, 50))
-    flight = rng.choice((1, 2, 4, config.links))
+    flight = rng.choice((1, 2, 4, config.links if count > 2 else 3))
     # More at once, or on fewer keys: shorter segments, for what they may cost to search.
     ops = count * (10 if flight < 4 else 8) + rng.randrange(10)
     return Plan(
@@ -654,7 +656,8 @@ class Worker:
     def pick(self, idle: list[Link]) -> Link:
         """A connection to use next: mostly one that may be served."""
         roll = self.rng.random()
-        role = "block" if roll < 0.02 else "far" if roll < 0.05 else "fast"
+        blocked = self.config.blocked
+        role = "block" if roll < blocked else "far" if roll < blocked + 0.03 else "fast"
         return self.rng.choice([link for link in idle if link.role == role] or idle)
 
     def round(self, plan: Plan) -> None:

@@ -51,12 +51,13 @@ def test_it_is_linearizable(arguments: tuple[str, ...]) -> None:
         check(sut, 60_000, seconds=8.0)
 
 
-BROKEN = [
-    "KFLEX_BREAK_NO_DRAIN",
-    "KFLEX_BREAK_NO_INVALIDATE",
-    "KFLEX_BREAK_NO_REPLY_COUNT",
-    "KFLEX_BREAK_EARLY_GATE",
-]
+BROKEN: dict[str, dict[str, float]] = {
+    "KFLEX_BREAK_NO_DRAIN": {},
+    "KFLEX_BREAK_NO_INVALIDATE": {},
+    "KFLEX_BREAK_NO_REPLY_COUNT": {},
+    # Shows in commands of unblocked clients.
+    "KFLEX_BREAK_EARLY_GATE": {"blocked": 0.25},
+}
 
 
 @pytest.mark.skipif(PLAIN_ONLY, reason="a plain server has no broken build")
@@ -64,7 +65,8 @@ BROKEN = [
 def test_a_broken_build_is_not(mistake: str) -> None:
     """Otherwise the silence of the tests above would say nothing."""
     with offloaded_server(defines={mistake: "1"}) as sut:
-        config = linear_load.Config(port=sut.port, ops=400_000, seconds=40.0, reply_timeout=4.0)
+        settings = BROKEN[mistake]
+        config = linear_load.Config(port=sut.port, ops=400_000, seconds=60.0, reply_timeout=4.0, **settings)
         report = linear_load.run(config)
         print(report)
         assert report.violations, f"{mistake}: not found. {report}"
