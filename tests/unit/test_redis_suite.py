@@ -11,7 +11,7 @@ from kflex_repro.build import redis_source
 from kflex_repro.errors import Unavailable
 from tests.redis_suite.attacher import Count
 from tests.redis_suite.compare import Comparison, explanations
-from tests.redis_suite.run import Outcome, parse
+from tests.redis_suite.run import WHOLE, Outcome, parse
 
 POLICY = """redis-server:
   Installed: 5:7.0.15-1~deb12u10
@@ -102,6 +102,13 @@ def test_only_what_fails_offloaded_alone_is_a_difference() -> None:
     # It fails without the offload too, only not always.
     found.plain.append(outcome(False, a="ok", b="err", c="err"))
     assert found.different == []
+
+
+def test_a_file_that_runs_on_neither_side_is_a_problem() -> None:
+    plain, offload = outcome(False, **{WHOLE: "exception"}), outcome(True, **{WHOLE: "exception"})
+    found = Comparison("unit/other", "served", [plain], [offload])
+    assert found.different == []
+    assert "did not run" in found.problems({})[0]
 
 
 def test_a_test_that_only_one_side_has_run_is_a_difference() -> None:
