@@ -1,5 +1,5 @@
-# sudo make bench | test | soak | setup;  make lint.  What is there already is skipped.
-#   ARGS="..."   more arguments for kflex-repro bench redis, or for pytest
+# sudo make bench | test | soak | test-redis-suite | setup;  make lint.  What is there already is skipped.
+#   ARGS="..."   more arguments for kflex-repro bench redis, pytest, or tests.redis_suite
 #   PYTHON=...   the interpreter for .venv (3.11 or newer)
 
 SHELL := /bin/bash
@@ -9,18 +9,19 @@ BIN := .venv/bin
 C_SOURCES := $(wildcard bpf/*.c bpf/*.h module/*.c module/*.h)
 export PYTHON
 
-ifneq ($(filter setup bench test soak,$(MAKECMDGOALS)),)
+ifneq ($(filter setup bench test soak test-redis-suite,$(MAKECMDGOALS)),)
 ifneq ($(shell id -u),0)
 $(error make $(MAKECMDGOALS) needs root: sudo make $(MAKECMDGOALS))
 endif
 endif
 
-.PHONY: help setup bench test soak lint format clean
+.PHONY: help setup bench test soak test-redis-suite lint format clean
 
 help:
 	@echo "sudo make bench   set up, build, benchmark plain Redis against the offload"
 	@echo "sudo make test    set up, lint, run the tests"
 	@echo "sudo make soak    set up, run the long tests"
+	@echo "sudo make test-redis-suite   Redis's own tests, plain and offloaded (an hour; ARGS=--quick: a minute)"
 	@echo "sudo make setup   system packages, .venv, BPF objects, the Redis module"
 	@echo "make lint         ruff, mypy, clang-format"
 
@@ -36,6 +37,11 @@ test: setup lint
 
 soak: setup
 	@KFLEX_SOAK=1 $(BIN)/python -m pytest -m soak $(ARGS)
+
+test-redis-suite:
+	@scripts/setup --redis-suite
+	@$(BIN)/kflex-repro build
+	@$(BIN)/python -m tests.redis_suite $(ARGS)
 
 lint:
 	@if [ ! -x $(BIN)/ruff ]; then echo "no .venv yet: sudo make setup" >&2; exit 1; fi

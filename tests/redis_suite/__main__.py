@@ -55,8 +55,8 @@ def _pairs(
 ) -> list[Comparison]:
     built = build.ensure()
     ports: queue.Queue[int] = queue.Queue()
-    for job in range(jobs):
-        ports.put(21111 + job * 2 * run.PORTS_EACH)
+    for port in run.free_ports(jobs):
+        ports.put(port)
 
     def both(file: str, mode: str) -> Comparison:
         baseport = ports.get()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kflex_repro import build
-from tests.redis_suite.run import Outcome, run_file
+from tests.redis_suite.run import WHOLE, Outcome, run_file
 
 DIFFERENCES = Path(__file__).with_name("differences.toml")
 
@@ -63,6 +63,10 @@ class Comparison:
             lines.append(
                 f"{self.file} ({self.mode}): {name}: failed {times} of {len(self.offload)} times offloaded, "
                 f"0 of {len(self.plain)} plain: {' '.join(detail.split())[:400]}"
+            )
+        if WHOLE in self.broken:
+            lines.append(
+                f"{self.file} ({self.mode}): did not run: {self.plain[0].details.get(WHOLE, '')[-400:]}"
             )
         for each in self.offload:
             if each.count.broken_promises:

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import threading
@@ -29,6 +30,9 @@ _MARK = "# parse arguments\n"
 _LINE = re.compile(r"^\[(ok|err|skip|ignore|exception)\]: (.*?)(?: \(\d+ ms\))?$")
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 PORTS_EACH = 200
+FIRST_PORT = 21111
+# A failure of no single test.
+WHOLE = "the file as a whole"
 
 # How the suite is run. "served": clients stay in database 0 and no keyspace events are asked for, so that the
 # offload may serve; "as is": its own defaults, database 9 and notify-keyspace-events KEA: it all passes.
@@ -82,7 +86,7 @@ def parse(text: str, outcome: Outcome) -> None:
         if what == "err":
             name = name.rpartition(" in tests/")[0] or name
         elif what == "exception":
-            name = "the file as a whole"
+            name = WHOLE
             outcome.details[name] = match.group(2)
         outcome.tests.setdefault(name, collections.Counter())[what] += 1
         if what == "err":
@@ -96,6 +100,19 @@ def tclsh() -> str:
         if found := shutil.which(name):
             return found
     raise Unavailable("tclsh is not installed", "", "apt install tcl")
+
+
+def free_ports(count: int) -> list[int]:
+    """So many base ports for runs at the same time, where nobody else runs the suite."""
+    found: list[int] = []
+    for base in range(FIRST_PORT, 32000, 2 * PORTS_EACH):
+        # The suite's own server listens below the base.
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", base - 32))
+            found.append(base)
+        if len(found) == count:
+            return found
+    raise KflexError("no free ports", f"{FIRST_PORT} to 32000", "is the suite running several times?")
 
 
 def files() -> list[str]:
@@ -148,7 +165,7 @@ def run_file(
     mode: str,
     built: build.Built | None,
     *,
-    baseport: int = 21111,
+    baseport: int = FIRST_PORT,
     more: tuple[str, ...] = (),
     timeout: float = 600.0,
 ) -> Outcome:
@@ -191,7 +208,7 @@ def run_file(
     outcome.count = attacher.count
     parse(outcome.log, outcome)
     if f"done]: {file}" not in _ANSI.sub("", outcome.log):
-        name = "the file as a whole"
+        name = WHOLE
         outcome.tests.setdefault(name, collections.Counter())["exception"] += 1
         outcome.details.setdefault(name, outcome.log[-500:])
     return outcome
