@@ -530,11 +530,20 @@ __noinline __u32 fast_reply(struct kflex_conn *c, __u64 addr, __u32 len)
  */
 __noinline int feed_request(struct kflex_conn *c, __u64 addr, __u32 len)
 {
-	struct feed f = {.c = c, .addr = addr, .len = len, .base = ~0u};
+	struct feed f = {.c = c, .addr = addr, .len = len};
+	__u32 i, n;
 
 	if (!c)
 		return RESP_BAD;
-	f.base = 0 - RESP_WINDOW;
+	for (i = 0; i < KFLEX_MAX_PIPELINE && is_whole(&c->req); i++) {
+		n = fast_request(c, addr + f.pos, len - f.pos);
+		if (!n)
+			break;
+		f.pos += n;
+		if (f.pos >= len)
+			return 0;
+	}
+	f.base = f.pos - RESP_WINDOW;
 	bpf_loop(3 * len + 3, feed_request_step, &f, 0);
 	return f.bad ? RESP_BAD : 0;
 }
