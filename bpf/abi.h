@@ -17,6 +17,8 @@ enum kflex_abi_const {
 	KFLEX_ABI = 2,
 	KFLEX_MAX_CPUS = 256,
 	KFLEX_MAX_CONNS = 16384,
+	KFLEX_TABLE_MIN_BYTES = 4 << 20,
+	KFLEX_TABLE_MAX_BYTES = 1 << 30,
 	KFLEX_MAX_KEY = 250,
 	KFLEX_MAX_VALUE = 4096,
 	KFLEX_MAX_PIPELINE = 32,   /* requests of one message that are served together */
@@ -157,6 +159,7 @@ struct kflex_cpu {
 
 /* The control block: words that change together share a cache line, others do not. */
 struct kflex_ctl {
+	/* From here to start_time: in the same place in every version. */
 	__u32 magic;
 	__u32 abi;
 	__u32 mode; /* enum kflex_mode */
@@ -229,7 +232,10 @@ struct kflex_ctl {
 
 #define KFLEX_OWNER_MODULE 0xffffffffu
 
-/* What the toolkit and the module say to each other over AF_UNIX (one message each way; fds ride along). */
+/*
+ * What the toolkit and the module say to each other over AF_UNIX (one message each way; fds ride along). Its size, magic,
+ * verb and status are the same in every version, and so is KFLEX_DETACH: any toolkit can take any offload off.
+ */
 enum kflex_verb { KFLEX_ATTACH = 1, KFLEX_DETACH = 2, KFLEX_QUERY = 3, KFLEX_ADOPT = 4 };
 struct kflex_msg {
 	__u32 magic;

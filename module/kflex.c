@@ -2,7 +2,7 @@
 /*
  * kflex.so - what Redis tells the table, and when.
  *
- *   loadmodule kflex.so [drain-us N] [set-offload yes|no]
+ *   loadmodule kflex.so [SETTING value]...      (settings.c has them)
  *
  * The event loop's callbacks close the gate and drain (AFTER_SLEEP) and populate and arm (BEFORE_SLEEP); keyspace
  * events forget what a command changed; flushes, swaps and loads forget everything. Why each is where it is:
@@ -214,7 +214,8 @@ static void on_change(RedisModuleCtx *ctx, RedisModuleEvent e, uint64_t sub, voi
 {
 	if (!K.attached)
 		return;
-	if (e.id == REDISMODULE_EVENT_REPLICATION_ROLE_CHANGED)
+	/* Another module writes without events that name the key: what was read before it came is not to be believed. */
+	if (e.id == REDISMODULE_EVENT_REPLICATION_ROLE_CHANGED || e.id == REDISMODULE_EVENT_MODULE_CHANGE)
 		on_epoch(ctx, e, sub, data);
 	K.recheck = 1;
 	kflex_rules_add(KFLEX_RULE_RECHECK);
@@ -258,110 +259,14 @@ static void on_fork(RedisModuleCtx *ctx, RedisModuleEvent e, uint64_t sub, void 
 		kflex_journal_forked();
 }
 
-static uint64_t total(enum kflex_stat what)
+static int supported(void)
 {
-	uint64_t sum = 0;
-
-	for (uint32_t cpu = 0; cpu < K.ctl->cpus; cpu++)
-		sum += K.ctl->cpu[cpu].stat[what];
-	return sum;
+	return RedisModule_RegisterNumericConfig && RedisModule_RegisterBoolConfig && RedisModule_LoadConfigs &&
+	       RedisModule_IsSubEventSupported &&
+	       RedisModule_IsSubEventSupported(RedisModuleEvent_EventLoop, REDISMODULE_SUBEVENT_EVENTLOOP_BEFORE_SLEEP);
 }
 
-static void on_info(RedisModuleInfoCtx *info, int crash)
-{
-	static const char *const why[] = {
-		[KFLEX_STAT_WHY_OFF] = "passed_off",
-		[KFLEX_STAT_WHY_NEW] = "passed_new",
-		[KFLEX_STAT_WHY_UNANSWERED] = "passed_unanswered",
-		[KFLEX_STAT_WHY_UNREAD] = "passed_unread",
-		[KFLEX_STAT_WHY_MULTI] = "passed_multi",
-		[KFLEX_STAT_WHY_OTHER] = "passed_other",
-		[KFLEX_STAT_WHY_SIZE] = "passed_size",
-		[KFLEX_STAT_WHY_MISS] = "passed_miss",
-		[KFLEX_STAT_WHY_GATE] = "passed_gate",
-		[KFLEX_STAT_WHY_HELD] = "passed_held",
-		[KFLEX_STAT_WHY_LOCKED] = "passed_locked",
-		[KFLEX_STAT_WHY_FULL] = "passed_full",
-		[KFLEX_STAT_WHY_NOMEM] = "passed_nomem",
-		[KFLEX_STAT_WHY_BACKLOG] = "passed_backlog",
-		[KFLEX_STAT_WHY_CLOSING] = "passed_closing",
-		[KFLEX_STAT_WHY_USER] = "passed_user",
-		[KFLEX_STAT_WHY_DEMOTED] = "passed_demoted",
-	};
-
-	RedisModule_InfoAddSection(info, "");
-	RedisModule_InfoAddFieldULongLong(info, "abi", KFLEX_ABI);
-	RedisModule_InfoAddFieldLongLong(info, "attached", K.attached);
-	RedisModule_InfoAddFieldULongLong(info, "recovered_keys", R.applied);
-	RedisModule_InfoAddFieldULongLong(info, "recovery_kept", R.kept);
-	RedisModule_InfoAddFieldCString(info, "recovery", R.why);
-	/* A crash report, or a forked child: the mapping may not be there. */
-	if (crash || !K.attached || getpid() != K.pid)
-		return;
-	RedisModule_InfoAddFieldULongLong(info, "allow", K.ctl->allow);
-	RedisModule_InfoAddFieldULongLong(info, "rules", K.ctl->rules);
-	RedisModule_InfoAddFieldLongLong(info, "users_served", K.served_users);
-	RedisModule_InfoAddFieldULongLong(info, "served_get", total(KFLEX_STAT_SERVED_GET));
-	RedisModule_InfoAddFieldULongLong(info, "served_set", total(KFLEX_STAT_SERVED_SET));
-	RedisModule_InfoAddFieldULongLong(info, "passed", total(KFLEX_STAT_PASSED));
-	for (unsigned i = 0; i < sizeof(why) / sizeof(*why); i++)
-		if (why[i])
-			RedisModule_InfoAddFieldULongLong(info, (char *)why[i], total(i));
-	RedisModule_InfoAddFieldULongLong(info, "connections_demoted", total(KFLEX_STAT_DEMOTED));
-	RedisModule_InfoAddFieldULongLong(info, "connections_paired", total(KFLEX_STAT_PAIRED));
-	RedisModule_InfoAddFieldULongLong(info, "lost_replies", total(KFLEX_STAT_LOST));
-	RedisModule_InfoAddFieldULongLong(info, "dirty", LOAD(K.ctl->head) - K.ctl->tail);
-	RedisModule_InfoAddFieldULongLong(info, "pending", K.ctl->tail - K.ctl->journal_head);
-	RedisModule_InfoAddFieldULongLong(info, "durable", K.ctl->durable);
-	RedisModule_InfoAddFieldULongLong(info, "last_cut", K.ctl->last_cut);
-	RedisModule_InfoAddFieldULongLong(info, "last_cut_written", K.ctl->journal_cut);
-	RedisModule_InfoAddFieldULongLong(info, "drained", K.ctl->drained);
-	RedisModule_InfoAddFieldULongLong(info, "cuts", K.ctl->cuts);
-	RedisModule_InfoAddFieldULongLong(info, "refused", K.ctl->refused);
-	RedisModule_InfoAddFieldULongLong(info, "dirty_age_us_max", K.ctl->dirty_age_max / 1000);
-	RedisModule_InfoAddFieldULongLong(info, "dirty_age_us_avg",
-					  K.ctl->cuts ? K.ctl->dirty_age_sum / K.ctl->cuts / 1000 : 0);
-	RedisModule_InfoAddFieldULongLong(info, "populated", K.ctl->populated);
-	RedisModule_InfoAddFieldULongLong(info, "invalidated", K.ctl->invalidated);
-	RedisModule_InfoAddFieldULongLong(info, "evicted", K.ctl->evicted + total(KFLEX_STAT_EVICTED));
-	RedisModule_InfoAddFieldULongLong(info, "epoch_bumps", K.ctl->epoch_bumps);
-	RedisModule_InfoAddFieldULongLong(info, "open_commands", K.ctl->open_commands);
-	RedisModule_InfoAddFieldULongLong(info, "writer_wait_us_max", K.ctl->wait_max / 1000);
-	RedisModule_InfoAddFieldULongLong(info, "gate_opened_by_reply", total(KFLEX_STAT_GATE_REPLY));
-	RedisModule_InfoAddFieldULongLong(info, "gate_opened_by_sleep", total(KFLEX_STAT_GATE_SLEEP));
-	RedisModule_InfoAddFieldDouble(info, "gate_open_ratio",
-				       K.ctl->total_ns ? (double)K.ctl->open_ns / (double)K.ctl->total_ns : 0);
-	RedisModule_InfoAddFieldULongLong(info, "table_bytes_used", LOAD(K.ctl->bump) * KFLEX_CELL);
-}
-
-static int read_arguments(RedisModuleCtx *ctx, RedisModuleString **argv, int argc)
-{
-	K.drain_us = 500;
-	K.set_offload = 1;
-	for (int i = 0; i < argc; i += 2) {
-		const char *name = RedisModule_StringPtrLen(argv[i], NULL);
-		const char *value = i + 1 < argc ? RedisModule_StringPtrLen(argv[i + 1], NULL) : "";
-		char *end;
-
-		if (!strcasecmp(name, "drain-us")) {
-			K.drain_us = strtol(value, &end, 10);
-			if (*end || K.drain_us < 50 || K.drain_us > 15000) {
-				RedisModule_Log(ctx, "warning", "kflex: drain-us takes 50 to 15000, not '%s'", value);
-				return -1;
-			}
-		} else if (!strcasecmp(name, "set-offload") &&
-			   (!strcasecmp(value, "yes") || !strcasecmp(value, "no"))) {
-			K.set_offload = !strcasecmp(value, "yes");
-		} else {
-			RedisModule_Log(ctx, "warning",
-					"kflex: unknown argument '%s %s'; known: drain-us N, set-offload yes|no", name,
-					value);
-			return -1;
-		}
-	}
-	return 0;
-}
-
+/* All that can fail comes first: Redis does not take back the subscriptions of a module that fails to load. */
 int RedisModule_OnLoad(RedisModuleCtx *ctx, RedisModuleString **argv, int argc)
 {
 	static const RedisModuleEvent *const epoch[] = {&RedisModuleEvent_FlushDB, &RedisModuleEvent_SwapDB,
@@ -373,13 +278,20 @@ int RedisModule_OnLoad(RedisModuleCtx *ctx, RedisModuleString **argv, int argc)
 	if (RedisModule_Init(ctx, "kflex", KFLEX_ABI, REDISMODULE_APIVER_1) == REDISMODULE_ERR)
 		return REDISMODULE_ERR;
 	K.pid = getpid();
-	if (read_arguments(ctx, argv, argc))
-		return REDISMODULE_ERR;
-	if (RedisModule_SubscribeToServerEvent(ctx, RedisModuleEvent_EventLoop, on_event_loop) != REDISMODULE_OK) {
+	if (!supported()) {
 		RedisModule_Log(ctx, "warning",
-				"kflex: this server has no event loop events (Redis 7.0 and newer have)");
+				"kflex: this server has no event loop events or no settings of modules (Redis 7.0 and "
+				"newer have)");
 		return REDISMODULE_ERR;
 	}
+	if (kflex_settings_load(ctx, argv, argc) || kflex_link_start(ctx))
+		return REDISMODULE_ERR;
+	/* Our own calls (drain, populate, rules) are no news to the filter. */
+	if (!RedisModule_RegisterCommandFilter(ctx, on_filter, REDISMODULE_CMDFILTER_NOSELF)) {
+		kflex_link_stop();
+		return REDISMODULE_ERR;
+	}
+	RedisModule_SubscribeToServerEvent(ctx, RedisModuleEvent_EventLoop, on_event_loop);
 	for (unsigned i = 0; i < sizeof(epoch) / sizeof(*epoch); i++)
 		RedisModule_SubscribeToServerEvent(ctx, *epoch[i], on_epoch);
 	for (unsigned i = 0; i < sizeof(change) / sizeof(*change); i++)
@@ -389,16 +301,14 @@ int RedisModule_OnLoad(RedisModuleCtx *ctx, RedisModuleString **argv, int argc)
 	RedisModule_SubscribeToServerEvent(ctx, RedisModuleEvent_Shutdown, on_shutdown);
 	RedisModule_SubscribeToKeyspaceEvents(
 		ctx, REDISMODULE_NOTIFY_ALL | REDISMODULE_NOTIFY_NEW | REDISMODULE_NOTIFY_MODULE, on_keyspace);
-	/* Our own calls (drain, populate, rules) are no news to the filter. */
-	if (!RedisModule_RegisterCommandFilter(ctx, on_filter, REDISMODULE_CMDFILTER_NOSELF))
-		return REDISMODULE_ERR;
-	RedisModule_RegisterInfoFunc(ctx, on_info);
-	return kflex_link_start(ctx) ? REDISMODULE_ERR : REDISMODULE_OK;
+	RedisModule_RegisterInfoFunc(ctx, kflex_info);
+	return REDISMODULE_OK;
 }
 
 int RedisModule_OnUnload(RedisModuleCtx *ctx)
 {
 	kflex_link_stop();
 	kflex_detach(ctx, KFLEX_UNLOADED);
+	kflex_recover_let_go();
 	return REDISMODULE_OK;
 }

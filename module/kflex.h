@@ -55,8 +55,12 @@ struct kflex_module {
 	} remembered[KFLEX_MAX_REMEMBERED]; /* keys of GETs that Redis answered in this iteration */
 	int nremembered;
 
-	int set_offload; /* module argument set-offload */
-	long drain_us;	 /* module argument drain-us: pause between cuts while there is work */
+	struct {
+		long long drain_us; /* pause between cuts while there is work */
+		long long set_offload;
+		long long set_with_replicas; /* SETs are served although WAIT does not wait for them */
+		long long table_size;	     /* bytes that `offload start` takes, 0: it chooses */
+	} settings;
 	char run_id[64];
 
 	/* the link and drain thread */
@@ -136,6 +140,7 @@ extern struct kflex_recovery R;
 void kflex_recover_marker(RedisModuleCtx *ctx, const char *event, RedisModuleString *key);
 void kflex_recover(RedisModuleCtx *ctx);
 void kflex_recover_written(RedisModuleCtx *ctx);
+void kflex_recover_let_go(void);
 
 /* rules.c */
 void kflex_rules_attach(RedisModuleCtx *ctx);
@@ -146,6 +151,13 @@ int kflex_is_admin(const char *name, size_t len, const char *sub, size_t sublen)
 
 /* users.c */
 int kflex_users_check(RedisModuleCtx *ctx);
+
+/* settings.c */
+int kflex_settings_load(RedisModuleCtx *ctx, RedisModuleString **argv, int argc);
+void kflex_settings_info(RedisModuleInfoCtx *info);
+
+/* info.c */
+void kflex_info(RedisModuleInfoCtx *info, int crash);
 
 /* link.c */
 int kflex_link_start(RedisModuleCtx *ctx);

@@ -177,6 +177,7 @@ static void serve_one(void)
 	struct msghdr h = {
 		.msg_iov = &iov, .msg_iovlen = 1, .msg_control = &control, .msg_controllen = sizeof(control)};
 	int fd = accept4(K.listen_fd, NULL, NULL, SOCK_CLOEXEC), fds[NFDS], nfds = 0;
+	struct pollfd wait[2] = {{.events = POLLIN}, {.fd = K.wake_fd, .events = POLLIN}};
 	struct cmsghdr *c;
 	ssize_t got;
 
@@ -184,6 +185,12 @@ static void serve_one(void)
 		return;
 	setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
 	setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof(limit));
+	/* MODULE UNLOAD, and so the server, does not wait for a peer that says nothing. */
+	wait[0].fd = fd;
+	if (poll(wait, 2, 2000) <= 0 || wait[1].revents) {
+		close(fd);
+		return;
+	}
 	got = recvmsg(fd, &h, MSG_CMSG_CLOEXEC | MSG_WAITALL);
 	for (c = got > 0 ? CMSG_FIRSTHDR(&h) : NULL; c; c = CMSG_NXTHDR(&h, c)) {
 		if (c->cmsg_level == SOL_SOCKET && c->cmsg_type == SCM_RIGHTS) {
@@ -198,8 +205,9 @@ static void serve_one(void)
 	} else if (!peer_allowed(fd)) {
 		m.status = -EPERM;
 		snprintf(m.text, sizeof(m.text), "only root or the server's own user may attach");
-	} else if (m.abi != KFLEX_ABI || m.sizeof_ctl != sizeof(struct kflex_ctl) ||
-		   m.sizeof_entry != sizeof(struct kflex_entry) || m.sizeof_bucket != sizeof(struct kflex_bucket)) {
+	} else if (m.verb != KFLEX_DETACH && /* that has the same meaning in every version */
+		   (m.abi != KFLEX_ABI || m.sizeof_ctl != sizeof(struct kflex_ctl) ||
+		    m.sizeof_entry != sizeof(struct kflex_entry) || m.sizeof_bucket != sizeof(struct kflex_bucket))) {
 		m.status = -EPROTO;
 		snprintf(m.text, sizeof(m.text),
 			 "the module has ABI %d (control block %zu bytes), the toolkit ABI %u (%u bytes)", KFLEX_ABI,
@@ -220,6 +228,7 @@ static void serve_one(void)
 	}
 	m.magic = KFLEX_MAGIC;
 	m.abi = KFLEX_ABI;
+	m.table_size = (__u64)LOAD(K.settings.table_size);
 	send(fd, &m, sizeof(m), MSG_NOSIGNAL);
 	for (int i = 0; i < nfds; i++)
 		close(fds[i]);
@@ -241,7 +250,7 @@ static void *link_thread(void *arg)
 	pthread_setname_np(pthread_self(), "kflex-drain");
 	while (!atomic_load(&K.stop)) {
 		/* Idle: look less often, still well within the 20 ms in which a SET is to be in Redis. */
-		long us = idle > 200 ? 5000 : K.drain_us;
+		long us = idle > 200 ? 5000 : (long)LOAD(K.settings.drain_us);
 		struct timespec pause = {us / 1000000, us % 1000000 * 1000};
 		int n;
 
@@ -288,14 +297,19 @@ int kflex_link_start(RedisModuleCtx *ctx)
 	    listen(K.listen_fd, 8)) {
 		RedisModule_Log(ctx, "warning", "kflex: cannot listen on the abstract socket kflex-%s: %s", K.run_id,
 				strerror(errno));
-		return -1;
+		goto fail;
 	}
 	K.ctx = RedisModule_GetDetachedThreadSafeContext(ctx);
-	if (pthread_create(&K.thread, NULL, link_thread, NULL)) {
-		RedisModule_Log(ctx, "warning", "kflex: cannot start the drain thread");
-		return -1;
-	}
-	return 0;
+	if (!pthread_create(&K.thread, NULL, link_thread, NULL))
+		return 0;
+	RedisModule_Log(ctx, "warning", "kflex: cannot start the drain thread");
+	RedisModule_FreeThreadSafeContext(K.ctx);
+fail:
+	if (K.listen_fd >= 0)
+		close(K.listen_fd);
+	if (K.wake_fd >= 0)
+		close(K.wake_fd);
+	return -1;
 }
 
 void kflex_link_stop(void)
@@ -303,8 +317,9 @@ void kflex_link_stop(void)
 	uint64_t one = 1;
 
 	atomic_store(&K.stop, 1);
-	if (write(K.wake_fd, &one, sizeof(one)) < 0)
-		return;
+	/* Cannot fail: the counter is far from its limit. Nobody's code may go while the thread runs in it. */
+	while (write(K.wake_fd, &one, sizeof(one)) < 0 && errno == EINTR)
+		;
 	pthread_join(K.thread, NULL);
 	close(K.listen_fd);
 	close(K.wake_fd);

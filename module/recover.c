@@ -319,7 +319,14 @@ void kflex_recover_written(RedisModuleCtx *ctx)
 		return;
 	R.waiting->recovered = R.applied;
 	STORE(R.waiting->journal_head, R.waiting->head);
-	munmap(R.waiting, pages(sizeof(*R.waiting)));
+	kflex_recover_let_go();
+}
+
+/* Of the old table, also when it is not known yet whether the AOF holds all of it: then the journal stays as it is. */
+void kflex_recover_let_go(void)
+{
+	if (R.waiting)
+		munmap(R.waiting, pages(sizeof(*R.waiting)));
 	R.waiting = NULL;
 }
 

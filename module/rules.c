@@ -176,13 +176,14 @@ void kflex_rules_check(RedisModuleCtx *ctx)
 	RULE(MAXMEMORY, !config_is(ctx, "maxmemory", "0", &unknown));
 	RULE(MIN_REPLICAS, !config_is(ctx, "min-replicas-to-write", "0", &unknown));
 	RULE(NOTIFY, !config_is(ctx, "notify-keyspace-events", "", &unknown));
-	RULE(REPLICAS, RedisModule_ServerInfoGetFieldUnsigned(replication, "connected_slaves", &err) > 0);
+	RULE(REPLICAS, !K.settings.set_with_replicas &&
+			       RedisModule_ServerInfoGetFieldUnsigned(replication, "connected_slaves", &err) > 0);
 	RULE(DISK, !info_is(persistence, "rdb_last_bgsave_status", "ok") &&
 			   config_is(ctx, "stop-writes-on-bgsave-error", "yes", &unknown) &&
 			   !config_is(ctx, "save", "", &unknown));
 	RULE(AOF_ERROR, !info_is(persistence, "aof_last_write_status", "ok"));
 	RULE(TRACKING, RedisModule_ServerInfoGetFieldUnsigned(clients, "tracking_clients", &err) > 0);
-	RULE(SET_SETTING, !K.set_offload);
+	RULE(SET_SETTING, !K.settings.set_offload);
 	kflex_journal_durable(ctx, !info_is(persistence, "aof_enabled", "0"));
 	RULE(JOURNAL, K.unmarked);
 	RULE(RENAMED, unknown); /* CONFIG itself is out of reach: nothing can be known */

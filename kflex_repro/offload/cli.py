@@ -108,7 +108,8 @@ def _ask_login(user: str | None, askpass: bool) -> target.Login | None:
     default="auto",
     show_default=True,
     metavar="SIZE",
-    help="RAM for the table: auto (an eighth of what is free, at most 1g), or e.g. 256m. Taken at once.",
+    help="RAM for the table, taken at once: e.g. 256m; auto: the server's setting kflex.table-size, or, if "
+    "that is 0, an eighth of what is free, at most 1g.",
 )
 @_login
 @click.option("--dry-run", is_flag=True, help="Say what would be done; change nothing.")
@@ -129,15 +130,15 @@ def start(
     where = _namespace(pid, netns_name)
     login = _ask_login(user, askpass)
     size = table.parse_size(table_size)
-    plan = table.plan(size if size is not None else table.auto(table.available()))
     if dry_run:
         found = target.probe(port, host, login=login, inside=where)
         session.check_coherent(found)
+        plan = session.choose_table(found, size)
         known = session.find(port, found.where)
         click.echo(
-            f"{'already attached to' if known else 'would attach to'} Redis {found.version} at {host}:{port} "
-            f"(pid {found.pid}), table {plan.bytes >> 20} MiB: about {plan.typical_entries:,} keys of 16 and "
-            f"values of 64 bytes"
+            f"{'already attached to' if known else 'would attach to'} {found.software} {found.version} "
+            f"at {host}:{port} (pid {found.pid}), table {plan.bytes >> 20} MiB: "
+            f"about {plan.typical_entries:,} keys of 16 and values of 64 bytes"
         )
         return
     with Console(stderr=True).status("attaching"):

@@ -16,12 +16,14 @@ from kflex_repro.offload import netns
 
 @dataclass(frozen=True)
 class Answer:
-    """The module's answer: 0 or a negative errno, whether a table is attached, a line of text, its pid."""
+    """The module's answer: 0 or a negative errno, whether a table is attached, a line of text, its pid,
+    its setting kflex.table-size (bytes, 0: auto)."""
 
     status: int
     attached: bool
     text: str
     pid: int
+    table_size: int
 
 
 def call(
@@ -82,6 +84,7 @@ def _ask(run_id: str, verb: str, btf: Btf, fds: list[int] | None, timeout: float
         attached=bool(answer.attached),
         text=bytes(answer.text).split(b"\0")[0].decode(errors="replace"),
         pid=pid,
+        table_size=int(answer.table_size),
     )
 
 

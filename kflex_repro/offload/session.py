@@ -22,6 +22,7 @@ from kflex_repro.bpf.maps import Map
 from kflex_repro.bpf.object import Object
 from kflex_repro.errors import KflexError, Unavailable
 from kflex_repro.offload import commands, link, netns, recover, table, target
+from kflex_repro.redis.server import known_good
 
 _OBJECT = "offload_local"
 _MAPS = ("ctl", "heap", "buckets", "ring", "conns", "client_socks", "server_socks", "server_addrs")
@@ -38,6 +39,8 @@ _MOUNTED = "mounted-by-kflex"
 # What the kernel itself puts into every fresh bpffs (kernel/bpf/preload).
 _PRELOADED = frozenset({"maps.debug", "progs.debug"})
 _STAT_SKIP = ("KFLEX_STAT_COUNT",)
+# The first words of struct kflex_ctl, which every version has in the same place.
+_FIXED = ("abi", "pid", "start_time")
 
 
 class Session:
@@ -54,11 +57,19 @@ class Session:
         self._maps = {name: Map.from_pin(pin_dir / name) for name in _MAPS if (pin_dir / name).exists()}
         self._ctl: Any = None
         layout = btf.struct("kflex_ctl")
-        # Pins of another version of ours: stop() can take them away, nothing else is known about them.
-        if "ctl" in self._maps and self._maps["ctl"].value_size == ctypes.sizeof(layout):
-            found = layout.from_buffer(self._maps["ctl"].mmap())
-            # 0: a start that was killed before it had filled it in.
-            self._ctl = found if found.abi in (0, self._const("KFLEX_ABI")) else None
+        # What every version has in the same place, and a start that was killed half-way has as zeros.
+        self._fixed = dict.fromkeys(_FIXED, 0)
+        if "ctl" in self._maps:
+            view = self._maps["ctl"].mmap()
+            for name in _FIXED:
+                at = getattr(layout, name)
+                self._fixed[name] = int.from_bytes(view[at.offset : at.offset + at.size], "little")
+            # Of another version stop() can take away the pins; nothing else is known about them.
+            if self._maps["ctl"].value_size == ctypes.sizeof(layout) and self.abi in (
+                0,
+                self._const("KFLEX_ABI"),
+            ):
+                self._ctl = layout.from_buffer(view)
 
     # --- what it is ----------------------------------------------------------------------------------------
 
@@ -88,9 +99,14 @@ class Session:
         return self._ctl is not None
 
     @property
+    def abi(self) -> int:
+        """Version of its layouts (KFLEX_ABI of who started it), 0 while it is not known."""
+        return self._fixed["abi"]
+
+    @property
     def pid(self) -> int:
         """The server's process, 0 while it is not known."""
-        return int(self._ctl.pid) if self._ctl is not None else 0
+        return int(self._ctl.pid) if self._ctl is not None else self._fixed["pid"]
 
     @property
     def mode(self) -> str:
@@ -105,7 +121,8 @@ class Session:
     def server_alive(self) -> bool:
         """Whether the very process that was attached still runs."""
         try:
-            return self.pid > 0 and target.start_time(self.pid) == self._ctl.start_time
+            began = self._ctl.start_time if self._ctl is not None else self._fixed["start_time"]
+            return self.pid > 0 and target.start_time(self.pid) == began
         except KflexError:
             return False
 
@@ -302,9 +319,7 @@ class Session:
 
     def _disable(self, timeout: float) -> None:
         """Have the module drain and let go; without a living server set the disable word ourselves."""
-        if self._ctl is None:
-            return
-        if self._ctl.disabled == 0:
+        if self._ctl is not None and self._ctl.disabled == 0:
             self._ctl.disabled = self._const("KFLEX_STOPPING")
         if self.mode == "coherent" and self.server_alive:
             run_id = self._full_run_id()
@@ -315,9 +330,18 @@ class Session:
                         link.call(run_id, "KFLEX_DETACH", self._btf, timeout=timeout, where=place),
                         "let go of the table",
                     )
-        self._ctl.allow = 0
+        if self._ctl is not None:
+            self._ctl.allow = 0
 
     def _keep_leftovers(self) -> None:
+        if not self.readable and self.pid and not self.server_alive:
+            raise KflexError(
+                f"another version of kflex-repro (ABI {self.abi}) has left a table that may hold SETs of a "
+                "dead server",
+                self.server_id,
+                "save them with that version's `offload recover`, or drop them: "
+                f"kflex-repro offload stop --port {self.port} --force",
+            )
         left = len(self.leftovers())
         if left:
             raise KflexError(
@@ -419,7 +443,7 @@ def start(
     made = built or build.ensure()
     if mode == "coherent":
         check_coherent(found, made)
-        link.require(_query(found, _btf(made)), "talk to this toolkit")
+    plan = choose_table(found, table_bytes, mode, made)
     with _entered() as root:
         same: list[Session] = []
         stale: list[Session] = []
@@ -445,16 +469,18 @@ def start(
         if same:
             # Pins without a module behind them: a start that was killed half-way.
             same[0]._discard()
-        size = table_bytes if table_bytes is not None else table.auto(table.available())
-        return _start(found, root / found.server_id, table.plan(size), mode, made)
+        return _start(found, root / found.server_id, plan, mode, made)
 
 
 def check_coherent(found: target.Target, made: build.Built | None = None) -> None:
     """KflexError unless the server is of a known version and has the module of this toolkit (or ``made``)."""
     where = f"{found.host}:{found.port}"
-    if not found.version.startswith("7.0."):
+    if found.software != "Redis" or not known_good(found.version_numbers):
+        why = "the order of its event loop has not been checked"
+        if found.software == "Valkey":
+            why = "with io-threads its event loop runs commands after replies, when the kernel accepts SETs"
         raise KflexError(
-            f"Redis {found.version} is not known good: the order of its event loop has not been checked",
+            f"{found.software} {found.version} is not known good: {why}",
             where,
             "use Redis 7.0 (Debian 12's redis-server)",
         )
@@ -473,13 +499,31 @@ def check_coherent(found: target.Target, made: build.Built | None = None) -> Non
         )
 
 
-def _start(found: target.Target, pin_dir: Path, plan: table.Plan, mode: str, made: build.Built) -> Session:
-    if plan.bytes > table.available():
+def choose_table(
+    found: target.Target,
+    table_bytes: int | None,
+    mode: str = "coherent",
+    made: build.Built | None = None,
+) -> table.Plan:
+    """The table that start() makes: as asked for, else as the server's setting kflex.table-size says, else
+    table.auto(). KflexError when it does not fit into the free RAM, or the module cannot be asked."""
+    size, where = table_bytes, "--table-size"
+    if mode == "coherent":
+        answer = link.require(_query(found, _btf(made)), "talk to this toolkit")
+        if size is None and answer.table_size:
+            size, where = answer.table_size, f"{found.host}:{found.port}, kflex.table-size"
+    free = table.available()
+    plan = table.plan(size if size is not None else table.auto(free), where)
+    if plan.bytes > free:
         raise KflexError(
-            f"a table of {plan.bytes >> 20} MiB does not fit into {table.available() >> 20} MiB of free RAM",
-            "--table-size",
+            f"a table of {plan.bytes >> 20} MiB does not fit into {free >> 20} MiB of free RAM",
+            where,
             "choose a smaller one",
         )
+    return plan
+
+
+def _start(found: target.Target, pin_dir: Path, plan: table.Plan, mode: str, made: build.Built) -> Session:
     path = made.object(_OBJECT)
     obj = Object.open(path)
     session: Session | None = None

@@ -52,11 +52,11 @@ RULES = {
     "maxmemory": "maxmemory is set",
     "min_replicas": "min-replicas-to-write is set",
     "notify": "notify-keyspace-events is set",
-    "replicas": "replicas are connected (WAIT would lie)",
+    "replicas": "replicas are connected: WAIT would lie (never used? kflex.set-with-replicas yes)",
     "disk": "writes are stopped by a failed save",
     "aof_error": "the last AOF write failed",
     "tracking": "a client tracks keys",
-    "set_setting": "set-offload no",
+    "set_setting": "kflex.set-offload is no",
     "journal": "the AOF does not name this table yet (a moment after start)",
 }
 
@@ -65,7 +65,7 @@ def as_dict(session: Session) -> dict[str, Any]:
     """All that is known of a session, for --json. Bytes, counts, microseconds; ratios 0.0-1.0."""
     if not session.readable:
         raise KflexError(
-            "attached by another version of kflex-repro",
+            f"attached by another version of kflex-repro (ABI {session.abi})",
             session.server_id,
             "take it off: kflex-repro offload stop",
         )

@@ -9,6 +9,7 @@ from pathlib import Path
 from kflex_repro.errors import KflexError
 
 MIB = 1 << 20
+# KFLEX_TABLE_MIN_BYTES and KFLEX_TABLE_MAX_BYTES of abi.h.
 MINIMUM = 4 * MIB
 MAXIMUM = 1 << 30
 # Ring positions: twice what may be dirty at a time.
@@ -33,15 +34,15 @@ class Plan:
         return self.chunks * 2 * MIB // _TYPICAL_ENTRY
 
 
-def plan(table_bytes: int) -> Plan:
+def plan(table_bytes: int, where: str = "--table-size") -> Plan:
     """The table that fits into ``table_bytes`` of RAM, all of which the kernel takes when the maps are made.
 
-    KflexError for less than 4 MiB or more than 1 GiB.
+    KflexError for less than 4 MiB or more than 1 GiB, that names ``where`` the size comes from.
     """
     if not MINIMUM <= table_bytes <= MAXIMUM:
         raise KflexError(
             f"a table of {table_bytes / MIB:.1f} MiB is not possible",
-            "--table-size",
+            where,
             f"choose {MINIMUM // MIB}m to {MAXIMUM // MIB}m",
         )
     chunks = max(1, (table_bytes - MIB) * 3 // 4 // (2 * MIB))

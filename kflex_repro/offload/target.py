@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,13 +29,15 @@ class Login:
 
 @dataclass(frozen=True)
 class Target:
-    """What INFO says of a server: ``module_abi`` is None without our module, ``pid`` is as it sees itself.
+    """What INFO says of a server: ``software`` is Redis or Valkey, ``version`` its own; ``module_abi`` is
+    None without our module, ``pid`` is as it sees itself.
 
     ``config`` is its configuration file, "" if it was started without.
     """
 
     host: str
     port: int
+    software: str
     version: str
     run_id: str
     pid: int
@@ -42,6 +45,11 @@ class Target:
     attached: bool
     where: netns.Namespace
     config: str = ""
+
+    @property
+    def version_numbers(self) -> tuple[int, ...]:
+        """``version`` as far as it is numbers."""
+        return tuple(int(part) for part in re.findall(r"\d+", self.version.partition("-")[0]))
 
     @property
     def server_id(self) -> str:
@@ -109,6 +117,10 @@ def _probe(port: int, host: str, timeout: float, login: Login | None, namespace:
             f"no plain Redis there: {text}", where, "TLS ports and other protocols cannot be offloaded"
         ) from None
     except (redis.exceptions.RedisError, ValueError) as error:
+        if str(error).startswith("BUSY"):
+            raise KflexError(
+                "the server is busy running a script", where, "wait for its end, or: redis-cli SCRIPT KILL"
+            ) from None
         raise KflexError(f"not a Redis: {error}", where, "give the --port of a redis-server") from None
     finally:
         client.close()
@@ -118,7 +130,9 @@ def _probe(port: int, host: str, timeout: float, login: Login | None, namespace:
     return Target(
         host=host,
         port=port,
-        version=str(server["redis_version"]),
+        # Valkey calls itself a Redis 7.2.4 besides.
+        software="Valkey" if "valkey_version" in server else "Redis",
+        version=str(server.get("valkey_version", server["redis_version"])),
         run_id=str(server["run_id"]),
         pid=int(server["process_id"]),
         module_abi=int(abi) if abi is not None else None,
