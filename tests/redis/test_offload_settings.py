@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kflex_repro.redis.resp import ErrorReply
+from kflex_repro.redis.resp import Decoder, ErrorReply, encode_command
 from kflex_repro.redis.server import ManagedServer
 from tests.redis.harness import (
     PLAIN_ONLY,
@@ -46,7 +47,7 @@ class Configured(ManagedServer):
     """A server with a redis.conf, which CONFIG REWRITE rewrites and a second start reads again."""
 
     def __init__(self, conf: Path) -> None:
-        super().__init__()
+        super().__init__(dir=conf.parent)
         self.conf = conf
 
     @property
@@ -240,9 +241,8 @@ def test_sets_with_replicas(sut: Sut) -> None:
             assert rules.conn.do("SET", "second", number) == b"OK"
             if number % 10 == 0:
                 # The one that is written later is never ahead of the other.
-                second, first = upstream.pipeline(("MULTI",), ("GET", "second"), ("GET", "first"), ("EXEC",))[
-                    -1
-                ]
+                words = (("MULTI",), ("GET", "second"), ("GET", "first"), ("EXEC",))
+                second, first = upstream.pipeline(*words)[-1]
                 assert int(second or -1) <= int(first or -1)
         assert sut.stats()["served_set"] > before + 300
         eventually(lambda: upstream.do("GET", "second") == b"299", timeout=15, what="the last SET")
@@ -297,10 +297,10 @@ def test_the_limits_of_a_table_are_those_of_the_toolkit() -> None:
     constants = abi().constants()
     from kflex_repro.offload import table
 
-    assert (table.MINIMUM, table.MAXIMUM) == (
+    assert (
         constants["KFLEX_TABLE_MIN_BYTES"],
         constants["KFLEX_TABLE_MAX_BYTES"],
-    )
+    ) == (table.MINIMUM, table.MAXIMUM)
 
 
 # -- INFO --
@@ -321,11 +321,14 @@ def over_unix() -> Iterator[Sut]:
 
 
 def info_over_unix(sut: Sut) -> dict[str, str]:
-    with contextlib.closing(
-        __import__("redis").Redis(unix_socket_path=str(sut.server.unix_path), decode_responses=True)
-    ) as client:
-        text = client.execute_command("INFO", "kflex", NEVER_DECODE=True).decode()
-    pairs = (line.split(":", 1) for line in text.splitlines() if ":" in line)
+    with socket.socket(socket.AF_UNIX) as asker:
+        asker.connect(str(sut.server.unix_path))
+        asker.sendall(encode_command("INFO", "kflex"))
+        decoder = Decoder()
+        while (reply := decoder.pop()) is Decoder.INCOMPLETE:
+            decoder.feed(asker.recv(1 << 16))
+    assert isinstance(reply, bytes)
+    pairs = (line.split(":", 1) for line in reply.decode().splitlines() if ":" in line)
     return {name.removeprefix("kflex_"): value for name, value in pairs}
 
 
@@ -366,12 +369,42 @@ CTL_NAMES = {
     "last_cut": "last_cut",
     "durable": "durable",
     "recovered": "recovered_keys",
+    "users": "users_served",
 }
 # What is there to make it work, and says nothing to a user.
 CTL_INTERNAL = frozenset(
-    "magic abi mode pid tid port start_time seed chunks buckets ring cpus epoch gate armed hold rsvd0 gen "
-    "oldest_ns journal_head free table_id aof_ino aof_fd death_ino death_size user_allow default_open users "
-    "user cpu".split()
+    [
+        "magic",
+        "abi",
+        "mode",
+        "pid",
+        "tid",
+        "port",
+        "start_time",
+        "seed",
+        "chunks",
+        "buckets",
+        "ring",
+        "cpus",
+        "epoch",
+        "gate",
+        "armed",
+        "hold",
+        "rsvd0",
+        "gen",
+        "oldest_ns",
+        "journal_head",
+        "free",
+        "table_id",
+        "aof_ino",
+        "aof_fd",
+        "death_ino",
+        "death_size",
+        "user_allow",
+        "default_open",
+        "user",
+        "cpu",
+    ]
 )
 
 
@@ -463,13 +496,13 @@ def test_what_info_says_of_some_work(sut: Sut) -> None:
     assert more["passed_miss"] >= 100
     assert more["drained"] > 0
     assert more["cuts"] > 0
-    assert more["epoch_bumps"] == 1
+    assert more["epoch_bumps"] >= 1
     assert more["sleeps"] > 0
     assert then["dirty"] == then["open_commands"] == then["refused"] == 0
     assert 0 <= float(text["gate_open_ratio"]) <= 1
     assert then["table_bytes_used"] < then["table_bytes"] == pytest.approx(sut.session.table_bytes, rel=0.01)
     assert (text["state"], text["serves"], text["forbidden_by"]) == ("on", "get,set", "")
-    with __import__("redis").Redis(port=sut.port) as client:
+    with sut.server.client() as client:
         everything = client.info("everything")
         assert everything["kflex_served_get"] >= then["served_get"]
         assert isinstance(everything["kflex_gate_open_ratio"], float)
@@ -544,7 +577,10 @@ def belongings(pid: int) -> dict[str, Any]:
     names = (line.split(None, 5)[5:] for line in Path(f"/proc/{pid}/maps").read_text().splitlines())
     return {
         "threads": sorted(
-            (Path(task) / "comm").read_text().strip() for task in Path(f"/proc/{pid}/task").iterdir()
+            name
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            # The allocator starts its own by itself.
+            if not (name := (task / "comm").read_text().strip()).startswith("jemalloc")
         ),
         "fds": fds,
         "mappings": sorted({name[0] for name in names if name and ("kflex" in name[0] or "bpf" in name[0])}),
@@ -553,12 +589,14 @@ def belongings(pid: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("aof", ["no", "yes"])
 def test_unloading_under_load(aof: str) -> None:
-    """Twenty times: loaded, started, unloaded while clients write. They see nothing of it, and nothing stays."""
+    """Twenty times: loaded, started, unloaded while clients write. Nothing that was acknowledged is lost."""
     from kflex_repro.offload import session as offload
 
     need_offload()
     with (
-        ManagedServer(["--enable-module-command", "yes", "--appendonly", aof]) as server,
+        ManagedServer(
+            ["--enable-module-command", "yes", "--enable-debug-command", "yes", "--appendonly", aof]
+        ) as server,
         Conn(server.port) as control,
         Writers(server.port) as writers,
     ):
@@ -596,8 +634,7 @@ def test_unloading_under_load(aof: str) -> None:
                 left.stop()
         writers.all_there()
         if aof == "yes":
-            with Conn(server.port) as conn:
-                assert conn.do("DEBUG", "LOADAOF") == b"OK" or True
+            assert control.do("DEBUG", "LOADAOF") == b"OK"
             writers.all_there()
 
 
@@ -649,23 +686,23 @@ def test_nothing_of_the_module_stays() -> None:
 
 
 def settled(pid: int) -> dict[str, Any] | None:
-    """belongings() when clients that hang up have been forgotten: two looks that agree, one connection open."""
+    """belongings() when clients that hung up are forgotten: two looks that agree, one connection open."""
     first = belongings(pid)
     return first if first == belongings(pid) and first["fds"].get("socket:[]", 0) <= 3 else None
 
 
 def test_a_silent_peer_does_not_hold_up_an_unload() -> None:
     """Somebody connects to the module's socket and says nothing: Redis does not wait for that."""
-    import socket
-
-    with ManagedServer(["--enable-module-command", "yes"], module=module()) as server:
-        with Conn(server.port) as conn, socket.socket(socket.AF_UNIX) as peer:
-            run_id = re.search(rb"run_id:(\w+)", conn.do("INFO", "server"))[1]
-            peer.connect(b"\0kflex-" + run_id)
-            conn.sock.settimeout(10)
-            assert conn.do("MODULE", "UNLOAD", "kflex") == b"OK"
-            peer.settimeout(10)
-            assert peer.recv(1) == b""
+    with (
+        ManagedServer(["--enable-module-command", "yes"], module=module()) as server,
+        Conn(server.port) as conn,
+        socket.socket(socket.AF_UNIX) as peer,
+    ):
+        run_id = re.search(rb"run_id:(\w+)", conn.do("INFO", "server"))[1]
+        peer.connect(b"\0kflex-" + run_id)
+        assert conn.do("MODULE", "UNLOAD", "kflex") == b"OK"
+        peer.settimeout(10)
+        assert peer.recv(1) == b""
 
 
 def test_loaded_twice(sut: Sut) -> None:
