@@ -587,9 +587,9 @@ def belongings(pid: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("aof", ["no", "yes"])
-def test_unloading_under_load(aof: str) -> None:
-    """Twenty times: loaded, started, unloaded while clients write. Nothing that was acknowledged is lost."""
+@pytest.mark.parametrize(("aof", "rounds"), [("no", 20), ("yes", 8)])
+def test_unloading_under_load(aof: str, rounds: int) -> None:
+    """Again and again: loaded, started, unloaded while clients write. Nothing that was acknowledged is lost."""
     from kflex_repro.offload import session as offload
 
     need_offload()
@@ -603,7 +603,7 @@ def test_unloading_under_load(aof: str) -> None:
         served = 0
         try:
             writers.go_on(100)
-            for _ in range(20):
+            for _ in range(rounds):
                 assert control.do("MODULE", "LOAD", str(module())) == b"OK"
                 session = offload.start(server.port, table_bytes=16 * MIB)
                 stats = session.stats()
@@ -626,7 +626,7 @@ def test_unloading_under_load(aof: str) -> None:
                 )
                 session.close()
                 writers.go_on(20)
-            assert served > 4000
+            assert served > 200 * rounds
         finally:
             writers.__exit__()
             left = offload.find(server.port)
