@@ -426,8 +426,8 @@ def start(
     """Serve GET and SET of the redis-server at ``port`` from the kernel.
 
     The server must be a Redis 7.0 with kflex.so loaded (mode ``store``, for benchmarks only: without). Where
-    it is attached already, that session is returned. ``table_bytes``: RAM for the table, None for an eighth
-    of what is free. ``login``: as whom to ask the server what it is, where it wants a password.
+    it is attached already, that session is returned. ``table_bytes``: RAM for the table, None for what
+    choose_table() says. ``login``: as whom to ask the server what it is, where it wants a password.
     ``where``: the network namespace in which ``host:port`` is the server, None for ours. KflexError, with
     nothing left behind, for whatever is in the way.
     """

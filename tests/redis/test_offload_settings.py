@@ -589,7 +589,7 @@ def belongings(pid: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("aof", "rounds"), [("no", 20), ("yes", 8)])
 def test_unloading_under_load(aof: str, rounds: int) -> None:
-    """Again and again: loaded, started, unloaded while clients write. Nothing that was acknowledged is lost."""
+    """Loaded, started, unloaded while clients write, again and again: nothing acknowledged is lost."""
     from kflex_repro.offload import session as offload
 
     need_offload()
