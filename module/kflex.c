@@ -365,7 +365,7 @@ static int read_arguments(RedisModuleCtx *ctx, RedisModuleString **argv, int arg
 int RedisModule_OnLoad(RedisModuleCtx *ctx, RedisModuleString **argv, int argc)
 {
 	static const RedisModuleEvent *const epoch[] = {&RedisModuleEvent_FlushDB, &RedisModuleEvent_SwapDB,
-							&RedisModuleEvent_Loading};
+							&RedisModuleEvent_Loading, &RedisModuleEvent_ReplAsyncLoad};
 	static const RedisModuleEvent *const change[] = {&RedisModuleEvent_ReplicationRoleChanged,
 							 &RedisModuleEvent_ReplicaChange, &RedisModuleEvent_Config,
 							 &RedisModuleEvent_ModuleChange};
@@ -393,6 +393,8 @@ int RedisModule_OnLoad(RedisModuleCtx *ctx, RedisModuleString **argv, int argc)
 	if (!RedisModule_RegisterCommandFilter(ctx, on_filter, REDISMODULE_CMDFILTER_NOSELF))
 		return REDISMODULE_ERR;
 	RedisModule_RegisterInfoFunc(ctx, on_info);
+	/* A replica serves nothing, so what it shows while it loads is Redis's alone: repl-diskless-load swapdb may stay. */
+	RedisModule_SetModuleOptions(ctx, REDISMODULE_OPTIONS_HANDLE_REPL_ASYNC_LOAD);
 	return kflex_link_start(ctx) ? REDISMODULE_ERR : REDISMODULE_OK;
 }
 
