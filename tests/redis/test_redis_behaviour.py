@@ -323,7 +323,7 @@ def _reads(port: int, round_: int, ends: threading.Event, wrong: list[str]) -> N
 
 
 def test_a_replica_loads_beside_its_old_data() -> None:
-    """repl-diskless-load swapdb: a module that knows nothing of it would make Redis load by way of the disk."""
+    """repl-diskless-load swapdb: with a module that knows nothing of it Redis goes by way of the disk."""
     with plain_server() as master, master.connect() as origin:
         origin.do("SET", "k", "from the master")
         with offloaded_server(["--repl-diskless-load", "swapdb"]) as sut, sut.connect() as control:
