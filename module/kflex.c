@@ -270,7 +270,7 @@ static int supported(void)
 int RedisModule_OnLoad(RedisModuleCtx *ctx, RedisModuleString **argv, int argc)
 {
 	static const RedisModuleEvent *const epoch[] = {&RedisModuleEvent_FlushDB, &RedisModuleEvent_SwapDB,
-							&RedisModuleEvent_Loading};
+							&RedisModuleEvent_Loading, &RedisModuleEvent_ReplAsyncLoad};
 	static const RedisModuleEvent *const change[] = {&RedisModuleEvent_ReplicationRoleChanged,
 							 &RedisModuleEvent_ReplicaChange, &RedisModuleEvent_Config,
 							 &RedisModuleEvent_ModuleChange};
@@ -302,6 +302,8 @@ int RedisModule_OnLoad(RedisModuleCtx *ctx, RedisModuleString **argv, int argc)
 	RedisModule_SubscribeToKeyspaceEvents(
 		ctx, REDISMODULE_NOTIFY_ALL | REDISMODULE_NOTIFY_NEW | REDISMODULE_NOTIFY_MODULE, on_keyspace);
 	RedisModule_RegisterInfoFunc(ctx, kflex_info);
+	/* A replica serves nothing, so what it shows while it loads is Redis's alone: repl-diskless-load swapdb may stay. */
+	RedisModule_SetModuleOptions(ctx, REDISMODULE_OPTIONS_HANDLE_REPL_ASYNC_LOAD);
 	return REDISMODULE_OK;
 }
 

@@ -322,6 +322,24 @@ def _reads(port: int, round_: int, ends: threading.Event, wrong: list[str]) -> N
                 newest[number] = at
 
 
+def test_a_replica_loads_beside_its_old_data() -> None:
+    """repl-diskless-load swapdb: with a module that knows nothing of it Redis goes by way of the disk."""
+    with plain_server() as master, master.connect() as origin:
+        origin.do("SET", "k", "from the master")
+        with offloaded_server(["--repl-diskless-load", "swapdb"]) as sut, sut.connect() as control:
+            control.do("SET", "k", "old")
+            sut.warm(control, "k")
+            assert control.do("REPLICAOF", "127.0.0.1", str(master.port)) == b"OK"
+            eventually(lambda: synchronised(control, origin), 20, "the data")
+            assert control.do("GET", "k") == b"from the master"
+            log = sut.server.log.read_text()
+            assert "Skipping diskless-load" not in log
+            assert "receiving streamed RDB from master with EOF to parser" in log
+            assert control.do("REPLICAOF", "NO", "ONE") == b"OK"
+            sut.must_serve(control, ("GET", "k"))
+            assert control.do("GET", "k") == b"from the master"
+
+
 def test_failover(offloaded: Sut) -> None:
     """FAILOVER hands everything acknowledged to the replica; the old master then follows it."""
     with plain_server() as replica, replica.connect() as copy, offloaded.connect() as control:
