@@ -393,12 +393,14 @@ int RedisModule_OnLoad(RedisModuleCtx *ctx, RedisModuleString **argv, int argc)
 	if (!RedisModule_RegisterCommandFilter(ctx, on_filter, REDISMODULE_CMDFILTER_NOSELF))
 		return REDISMODULE_ERR;
 	RedisModule_RegisterInfoFunc(ctx, on_info);
+	kflex_clients_start(ctx);
 	return kflex_link_start(ctx) ? REDISMODULE_ERR : REDISMODULE_OK;
 }
 
 int RedisModule_OnUnload(RedisModuleCtx *ctx)
 {
 	kflex_link_stop();
+	kflex_clients_stop(ctx);
 	kflex_detach(ctx, KFLEX_UNLOADED);
 	return REDISMODULE_OK;
 }

@@ -147,6 +147,11 @@ int kflex_is_admin(const char *name, size_t len, const char *sub, size_t sublen)
 /* users.c */
 int kflex_users_check(RedisModuleCtx *ctx);
 
+/* adopt.c */
+int kflex_clients(RedisModuleCtx *ctx, struct kflex_msg *m, int fd);
+void kflex_clients_start(RedisModuleCtx *ctx);
+void kflex_clients_stop(RedisModuleCtx *ctx);
+
 /* link.c */
 int kflex_link_start(RedisModuleCtx *ctx);
 void kflex_link_stop(void);
