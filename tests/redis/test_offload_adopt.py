@@ -24,7 +24,7 @@ from kflex_repro.bpf import probe
 from kflex_repro.bpf.libbpf import AttachType, MapType, ProgType
 from kflex_repro.bpf.maps import Map
 from kflex_repro.errors import KflexError
-from kflex_repro.offload import adopt, clients, connections
+from kflex_repro.offload import adopt, clients, connections, target
 from kflex_repro.offload import session as offload
 from kflex_repro.redis.resp import ErrorReply, encode_command
 from kflex_repro.redis.server import ManagedServer
@@ -677,13 +677,9 @@ def test_connections_come_and_go_while_it_happens(early: Sut) -> None:
     threads = [threading.Thread(target=churn, args=(seed,), daemon=True) for seed in range(4)]
     for thread in threads:
         thread.start()
-    for _ in range(2):
-        for _ in range(10):
-            early.session, old = offload.start(early.port, table_bytes=TABLE), early.session
-            if old is not None:
-                old.close()
-        early.session.stop()
-    early.session = offload.start(early.port, table_bytes=TABLE)
+    for _ in range(5):
+        assert attach(early).unavailable == ""
+    early.session.stop()
     for _ in range(5):
         assert attach(early).unavailable == ""
     stop.set()
@@ -998,3 +994,28 @@ def test_an_error_reply_counts_as_one(early: Sut) -> None:
     assert attach(early).adopted == 1
     assert isinstance(conn.do("INCR"), ErrorReply)
     must_be_served(early, conn)
+
+
+def test_users_of_connections_from_before() -> None:
+    """CLIENT LIST shows who has not logged in as the default user's as well: that one must not be served."""
+    with early_server() as sut:
+        default, named = sut.connect(), sut.connect()
+        assert default.do("ACL", "SETUSER", "app", "on", ">word", "~*", "+@all") == b"OK"
+        assert default.do("CONFIG", "SET", "requirepass", "secret") == b"OK"
+        stranger = sut.connect()
+        assert isinstance(stranger.do("PING"), ErrorReply)
+        assert named.do("AUTH", "app", "word") == b"OK"
+        assert default.do("SET", "k", "v") == b"OK"
+        login = target.Login("default", "secret")
+        sut.session = offload.start(sut.port, table_bytes=TABLE, login=login)
+        assert sut.session.adoption is not None
+        assert sut.session.adoption.adopted == 3, str(sut.session.adoption)
+        for conn in (default, named):
+            assert conn.do("SET", "k", "v") == b"OK"
+            sut.must_serve(conn, ("SET", "k", "v"))
+            sut.must_serve(conn, ("GET", "k"))
+        for _ in range(20):
+            assert isinstance(stranger.do("GET", "k"), ErrorReply)
+        assert state(sut, stranger).why == "user default may not GET and SET every key"
+        assert stranger.do("AUTH", "secret") == b"OK"
+        sut.must_serve(stranger, ("GET", "k"))
