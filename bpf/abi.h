@@ -236,7 +236,7 @@ struct kflex_ctl {
  * What the toolkit and the module say to each other over AF_UNIX (one message each way; fds ride along). Its size, magic,
  * verb and status are the same in every version, and so is KFLEX_DETACH: any toolkit can take any offload off.
  */
-enum kflex_verb { KFLEX_ATTACH = 1, KFLEX_DETACH = 2, KFLEX_QUERY = 3, KFLEX_ADOPT = 4 };
+enum kflex_verb { KFLEX_ATTACH = 1, KFLEX_DETACH = 2, KFLEX_QUERY = 3, KFLEX_CLIENTS = 4 };
 struct kflex_msg {
 	__u32 magic;
 	__u32 abi;
@@ -247,8 +247,10 @@ struct kflex_msg {
 	__u32 sizeof_bucket;
 	__u32 attached;
 	__u64 table_size; /* reply: the setting kflex.table-size, bytes, 0: auto */
-	__u64 rsvd;
-	char text[208];
+	__u64 cursor;	  /* KFLEX_CLIENTS: ids above this; reply: the last one listed, 0: there are no more */
+	__u64 count;	  /* KFLEX_CLIENTS: at most so many, 0: as many as the module likes */
+	__u64 gil_ns;	  /* reply to KFLEX_CLIENTS: how long Redis stood still for it */
+	char text[192];
 };
 
 /* ---- private to the BPF programs from here on; Python's status reads some of it ---- */
@@ -333,7 +335,9 @@ struct kflex_conn {
 	__u32 c_isn;
 	__u32 s_isn;
 	__u32 family;
-	__u32 ports; /* client's port << 16 | server's */
+	__u32 ports;	 /* client's port << 16 | server's */
+	__u32 client[4]; /* addresses, IPv4 as v4-mapped, network order */
+	__u32 server[4];
 	/* scratch of the client's program */
 	__u8 hdr[336] __attribute__((aligned(64)));
 	__u64 key[32];
@@ -341,6 +345,36 @@ struct kflex_conn {
 	__u8 win[2][64];	    /* parse windows: likewise */
 	__u8 name[KFLEX_NAME + 16]; /* of the command at hand */
 	struct kflex_desc desc[KFLEX_MAX_PIPELINE];
+};
+
+/* What became of a connection that is to be adopted. */
+enum kflex_adoption {
+	KFLEX_A_UNSEEN,	 /* no established server socket with these addresses: it is being closed */
+	KFLEX_A_SERVER,	 /* the server's half is ready; no client socket on this host */
+	KFLEX_A_DONE,	 /* adopted */
+	KFLEX_A_ALREADY, /* was enrolled before */
+	KFLEX_A_BUSY,	 /* a request or a reply is under way */
+	KFLEX_A_FOREIGN, /* one of its sockets belongs to another connection of ours, or to another sockmap */
+	KFLEX_A_FULL,	 /* all connection numbers are taken */
+};
+
+/* A connection for the toolkit's list: what kflex_list writes. */
+struct kflex_conn_info {
+	__u32 conn;
+	__u32 cflags;
+	__u32 sflags;
+	__u32 paired;
+	__u32 requests;
+	__u32 idle;
+	__u32 user;
+	__u32 adopted;
+	__u64 served;
+	__u64 passed;
+	__u32 client[4];
+	__u32 server[4];
+	__u32 ports;
+	__u32 family;
+	char name[KFLEX_NAME]; /* of the last command that was looked at */
 };
 
 enum kflex_cmd_flag {

@@ -4,13 +4,14 @@
  *
  * kflex_enrol (sockops) pairs the two sockets of a connection; kflex_client (sk_msg on the client's socket) answers a
  * message from the table, or counts its requests and lets it pass; kflex_server (sk_msg on the server's socket) counts
- * replies and opens the gate. A reply is put into the client's own ingress queue: the request never crosses TCP.
+ * replies and opens the gate; adopt.bpf.h takes in the connections that were there before. A reply is put into the client's own ingress queue: the request never crosses TCP.
  */
 #include "maps.bpf.h"
 #include "resp.bpf.h"
 #include "table.bpf.h"
 #include "order.bpf.h"
 #include "gate.bpf.h"
+#include "adopt.bpf.h"
 
 #define MAX_DIRTY_NS	   8000000
 #define MAX_INJECTED	   256
@@ -783,6 +784,8 @@ const enum kflex_disable kflex_btf_disable;
 const enum kflex_state kflex_btf_state;
 const enum kflex_verb kflex_btf_verb;
 const enum kflex_conn_flag kflex_btf_conn_flag;
+const enum kflex_adoption kflex_btf_adoption;
+const struct kflex_conn_info *kflex_btf_conn_info;
 const enum kflex_cmd_flag kflex_btf_cmd_flag;
 
 char _license[] SEC("license")

@@ -292,6 +292,9 @@ static __always_inline void enrol_client(struct bpf_sock_ops *s)
 	c->s_wseq = s->rcv_nxt;
 	c->family = s->family;
 	c->ports = t.client_port << 16 | t.server_port;
+	__builtin_memcpy(c->client, t.client, sizeof(c->client));
+	__builtin_memcpy(c->server, t.server, sizeof(c->server));
+	c->adopted = 0;
 	link.conn = i;
 	l = bpf_sk_storage_get(&links, sk, &link, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!l || bpf_sock_ops_cb_flags_set(s, CALLBACKS)) {

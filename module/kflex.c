@@ -304,12 +304,14 @@ int RedisModule_OnLoad(RedisModuleCtx *ctx, RedisModuleString **argv, int argc)
 	RedisModule_RegisterInfoFunc(ctx, kflex_info);
 	/* A replica serves nothing, so what it shows while it loads is Redis's alone: repl-diskless-load swapdb may stay. */
 	RedisModule_SetModuleOptions(ctx, REDISMODULE_OPTIONS_HANDLE_REPL_ASYNC_LOAD);
+	kflex_clients_start(ctx);
 	return REDISMODULE_OK;
 }
 
 int RedisModule_OnUnload(RedisModuleCtx *ctx)
 {
 	kflex_link_stop();
+	kflex_clients_stop(ctx);
 	kflex_detach(ctx, KFLEX_UNLOADED);
 	kflex_recover_let_go();
 	return REDISMODULE_OK;

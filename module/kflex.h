@@ -158,6 +158,10 @@ void kflex_settings_info(RedisModuleInfoCtx *info);
 
 /* info.c */
 void kflex_info(RedisModuleInfoCtx *info, int crash);
+/* adopt.c */
+int kflex_clients(RedisModuleCtx *ctx, struct kflex_msg *m, int fd);
+void kflex_clients_start(RedisModuleCtx *ctx);
+void kflex_clients_stop(RedisModuleCtx *ctx);
 
 /* link.c */
 int kflex_link_start(RedisModuleCtx *ctx);

@@ -214,12 +214,16 @@ static void serve_one(void)
 			 sizeof(struct kflex_ctl), m.abi, m.sizeof_ctl);
 	} else if (m.verb == KFLEX_ATTACH && nfds != NFDS) {
 		snprintf(m.text, sizeof(m.text), "%d file descriptors came, not %d", nfds, NFDS);
+	} else if (m.verb == KFLEX_CLIENTS && nfds != 1) {
+		snprintf(m.text, sizeof(m.text), "%d file descriptors came, not 1", nfds);
 	} else if (take_gil()) {
 		m.status = 0;
 		if (m.verb == KFLEX_ATTACH)
 			m.status = attach(fds, m.text, sizeof(m.text));
 		else if (m.verb == KFLEX_DETACH)
 			m.status = detach_written(m.text, sizeof(m.text));
+		else if (m.verb == KFLEX_CLIENTS)
+			m.status = kflex_clients(K.ctx, &m, fds[0]);
 		else if (m.verb != KFLEX_QUERY)
 			m.status = -EINVAL;
 		m.attached = (__u32)K.attached;

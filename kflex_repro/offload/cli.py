@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import click
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 
 from kflex_repro import build
 from kflex_repro.errors import KflexError, Unavailable
+from kflex_repro.offload import connections, netns, session, status, systemd, table, target
 from kflex_repro.offload import install as installation
-from kflex_repro.offload import netns, session, status, systemd, table, target
 from kflex_repro.offload import recover as journal
 
 _PORT = click.option(
@@ -57,7 +58,7 @@ def group() -> None:
     """Serve GET and SET of a running redis-server in the kernel.
 
     The server must be Redis 7.0 with the module loaded: `install` sees to that. Clients on this host that
-    connect after `start` are served.
+    connect after `start` are served, those that are connected already are taken over where that is safe.
     """
 
 
@@ -112,6 +113,13 @@ def _ask_login(user: str | None, askpass: bool) -> target.Login | None:
     "that is 0, an eighth of what is free, at most 1g.",
 )
 @_login
+@click.option(
+    "--adopt/--no-adopt",
+    "take_over",
+    default=True,
+    show_default=True,
+    help="Take over the connections that are there already, as far as they are at rest.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be done; change nothing.")
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON.")
 def start(
@@ -122,10 +130,14 @@ def start(
     table_size: str,
     user: str | None,
     askpass: bool,
+    take_over: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Start (idempotent). It stays when this command ends, and ends with `stop` or with the server."""
+    """Start (idempotent). It stays when this command ends, and ends with `stop` or with the server.
+
+    Started again it takes over the connections that are not served yet.
+    """
     _need_root()
     where = _namespace(pid, netns_name)
     login = _ask_login(user, askpass)
@@ -142,12 +154,16 @@ def start(
         )
         return
     with Console(stderr=True).status("attaching"):
-        made = session.start(port, host, table_bytes=size, login=login, where=where)
+        made = session.start(port, host, table_bytes=size, login=login, where=where, take_over=take_over)
     try:
         if as_json:
-            click.echo(json.dumps(status.as_dict(made), indent=2))
+            adoption = made.adoption.as_dict() if made.adoption is not None else None
+            click.echo(json.dumps({**status.as_dict(made), "adoption": adoption}, indent=2))
         else:
-            Console(soft_wrap=True).print(status.render(status.as_dict(made)))
+            console = Console(soft_wrap=True)
+            console.print(status.render(status.as_dict(made)))
+            if made.adoption is not None:
+                console.print(str(made.adoption), highlight=False, markup=False)
     finally:
         made.close()
 
@@ -158,10 +174,17 @@ def start(
 )
 @_where
 @click.option("--json", "as_json", is_flag=True, help="As JSON: a list with one object for each server.")
-@click.option("--watch", is_flag=True, help="Refresh every second until Ctrl-C.")
-def show(port: int | None, pid: int | None, netns_name: str | None, as_json: bool, watch: bool) -> None:
+@click.option("--connections", "each", is_flag=True, help="Each connection: served, or passing and why.")
+@click.option(
+    "--watch", is_flag=True, help="Refresh every second until Ctrl-C, with the busiest connections."
+)
+def show(
+    port: int | None, pid: int | None, netns_name: str | None, as_json: bool, each: bool, watch: bool
+) -> None:
     """What is attached, what is served, what is not and why. Exit code 1 when nothing is attached."""
     _need_root()
+    if watch and as_json:
+        raise KflexError("--watch is for people", "--json", "leave one of the two out")
     found = _chosen(port, _namespace(pid, netns_name))
     if not found:
         raise KflexError(
@@ -169,19 +192,51 @@ def show(port: int | None, pid: int | None, netns_name: str | None, as_json: boo
             "",
             "kflex-repro offload start --port N",
         )
-    if as_json:
-        click.echo(json.dumps([status.as_dict(s) for s in found], indent=2))
-        return
-    console = Console(soft_wrap=True)
-    if not watch:
+    if watch:
+        _watch(found)
+    elif as_json:
+        click.echo(json.dumps([_as_dict(s, each) for s in found], indent=2))
+    else:
+        console = Console(soft_wrap=True)
         for one in found:
             console.print(status.render(status.as_dict(one)))
-        return
-    with Live(console=console, auto_refresh=False) as live:
-        while True:
-            live.update(status.render(status.as_dict(found[0])), refresh=True)
-            if not found[0].pin_dir.exists():
-                return
+            if each:
+                wide = console if console.is_terminal else Console(width=160)
+                wide.print(connections.render(connections.read(one)))
+
+
+def _as_dict(one: session.Session, each: bool) -> dict[str, Any]:
+    data = status.as_dict(one)
+    if each:
+        rows = connections.read(one)
+        data["connections"] = [row.as_dict() for row in rows]
+        data["connections_by_state"] = connections.summary(rows)
+    return data
+
+
+def _watch(found: list[session.Session]) -> None:
+    """The status and the busiest connections of each server, until Ctrl-C or until all have been stopped."""
+    console = Console()
+    before: dict[str, dict[str, connections.Connection]] = {}
+    at = time.monotonic()
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        Live(console=console, auto_refresh=False, screen=console.is_terminal) as live,
+    ):
+        while found := [one for one in found if one.pin_dir.exists()]:
+            now = time.monotonic()
+            parts: list[RenderableType] = []
+            for one in found:
+                rows = connections.read(one)
+                room = max(5, console.height // len(found) - 28)
+                parts.append(status.render(status.as_dict(one)))
+                parts.append(
+                    connections.render(rows, before.get(one.server_id, {}), max(now - at, 1e-3), room)
+                )
+                parts.append(connections.reasons(rows))
+                before[one.server_id] = {row.client: row for row in rows}
+            at = now
+            live.update(Group(*parts), refresh=True)
             time.sleep(1)
 
 

@@ -17,13 +17,18 @@ from kflex_repro.offload import netns
 @dataclass(frozen=True)
 class Answer:
     """The module's answer: 0 or a negative errno, whether a table is attached, a line of text, its pid,
-    its setting kflex.table-size (bytes, 0: auto)."""
+    its setting kflex.table-size (bytes, 0: auto).
+
+    To KFLEX_CLIENTS: the id of the last client listed (0: no more), for how many ns Redis stood still.
+    """
 
     status: int
     attached: bool
     text: str
     pid: int
-    table_size: int
+    table_size: int = 0
+    cursor: int = 0
+    gil_ns: int = 0
 
 
 def call(
@@ -33,16 +38,20 @@ def call(
     fds: list[int] | None = None,
     timeout: float = 10.0,
     where: netns.Namespace | None = None,
+    *,
+    cursor: int = 0,
+    count: int = 0,
 ) -> Answer:
-    """Send ``verb`` (KFLEX_ATTACH, KFLEX_DETACH, KFLEX_QUERY) to the server with this run id.
+    """Send ``verb`` (KFLEX_ATTACH, KFLEX_DETACH, KFLEX_QUERY, KFLEX_CLIENTS) to the server with this run id.
 
-    Abstract sockets belong to a network namespace: ``where`` is the server's (None: ours). Raises
+    Abstract sockets belong to a network namespace: ``where`` is the server's (None: ours). ``cursor`` and
+    ``count`` are KFLEX_CLIENTS': list into the memfd so many clients with greater ids. Raises
     ConnectionError when no such server listens, KflexError when it does not answer or refuses.
     """
     place = where or netns.here()
 
     def ask() -> Answer:
-        return _ask(run_id, verb, btf, fds, timeout)
+        return _ask(run_id, verb, btf, fds, timeout, cursor, count)
 
     answer = netns.call(place, ask)
     user = netns.user_of(answer.pid) if answer.status == -errno.EPERM else None
@@ -50,13 +59,17 @@ def call(
     return answer if user is None else netns.call(place, ask, euid=user)
 
 
-def _ask(run_id: str, verb: str, btf: Btf, fds: list[int] | None, timeout: float) -> Answer:
+def _ask(
+    run_id: str, verb: str, btf: Btf, fds: list[int] | None, timeout: float, cursor: int, count: int
+) -> Answer:
     layout = btf.struct("kflex_msg")
     constants = btf.constants()
     message = layout(
         magic=constants["KFLEX_MAGIC"],
         abi=constants["KFLEX_ABI"],
         verb=constants[verb],
+        cursor=cursor,
+        count=count,
         **{f"sizeof_{name}": _sizeof(btf, f"kflex_{name}") for name in ("ctl", "entry", "bucket")},
     )
     with socket.socket(socket.AF_UNIX) as link:
@@ -85,6 +98,8 @@ def _ask(run_id: str, verb: str, btf: Btf, fds: list[int] | None, timeout: float
         text=bytes(answer.text).split(b"\0")[0].decode(errors="replace"),
         pid=pid,
         table_size=int(answer.table_size),
+        cursor=answer.cursor,
+        gil_ns=answer.gil_ns,
     )
 
 

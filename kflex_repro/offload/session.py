@@ -21,11 +21,14 @@ from kflex_repro.bpf.links import Link, Program
 from kflex_repro.bpf.maps import Map
 from kflex_repro.bpf.object import Object
 from kflex_repro.errors import KflexError, Unavailable
-from kflex_repro.offload import commands, link, netns, recover, table, target
+from kflex_repro.offload import adopt, commands, link, netns, recover, table, target
 from kflex_repro.redis.server import known_good
 
 _OBJECT = "offload_local"
-_MAPS = ("ctl", "heap", "buckets", "ring", "conns", "client_socks", "server_socks", "server_addrs")
+_MAPS = (
+    *("ctl", "heap", "buckets", "ring", "conns", "client_socks", "server_socks", "server_addrs"),
+    *("adopting", "free_conns"),
+)
 _VERDICTS = (("kflex_client", "client_socks"), ("kflex_server", "server_socks"))
 _TRACING = ("kflex_switch", "kflex_exit", "kflex_exec", "kflex_read")
 _ENROL = "kflex_enrol"
@@ -54,6 +57,8 @@ class Session:
         self.server_id = pin_dir.name
         self._btf = btf
         self._object = obj
+        self.adoption: adopt.Adoption | None = None
+        self._adoption_refused = ""
         self._maps = {name: Map.from_pin(pin_dir / name) for name in _MAPS if (pin_dir / name).exists()}
         self._ctl: Any = None
         layout = btf.struct("kflex_ctl")
@@ -245,6 +250,70 @@ class Session:
     def _permitted(self, bits: int) -> frozenset[str]:
         return frozenset(n for n in ("get", "set") if bits & self._const(f"KFLEX_ALLOW_{n.upper()}"))
 
+    # --- connections ---------------------------------------------------------------------------------------
+
+    @property
+    def btf(self) -> Btf:
+        """The layouts of its maps."""
+        return self._btf
+
+    def map(self, name: str) -> Map:
+        """One of its maps; KflexError where this version did not make it."""
+        if name not in self._maps:
+            raise KflexError(f"this session has no map {name}", self.server_id, "stop and start the offload")
+        return self._maps[name]
+
+    def user_slots(self) -> dict[str, int]:
+        """The slot that an older connection of each known user gets.
+
+        CLIENT LIST shows connections that have not logged in as the default user's, too: that one gets the
+        slot that proves itself when a password is needed.
+        """
+        slots = {
+            bytes(self._ctl.user[slot]).rstrip(b"\0").decode(errors="backslashreplace"): slot
+            for slot in range(int(self._ctl.users))
+        }
+        return {**slots, "default": self._const("KFLEX_USER_OPEN")}
+
+    def slots_allowed(self) -> frozenset[int]:
+        """Slots whose connections may GET or SET now."""
+        return frozenset(slot for slot, allowed in enumerate(self._ctl.user_allow) if int(allowed))
+
+    def connections(self) -> list[Any]:
+        """Every enrolled connection as a struct kflex_conn_info."""
+        layout = self._btf.struct("kflex_conn_info")
+        path = self.pin_dir / adopt.LIST
+        if not path.exists():
+            return []
+        opened = Link.from_pin(path)
+        try:
+            data = opened.read_iter()
+        finally:
+            opened.destroy()
+        size = ctypes.sizeof(layout)
+        return [layout.from_buffer_copy(data, at) for at in range(0, len(data) - size + 1, size)]
+
+    def take_number(self) -> int | None:
+        """Take a connection number out of use, None when there is none left; give_number() returns it."""
+        taken = self.map("free_conns").pop()
+        return int.from_bytes(taken, "little") if taken is not None else None
+
+    def give_number(self, number: int) -> None:
+        """Undo take_number()."""
+        self.map("free_conns").push(struct.pack("I", number))
+
+    def adoption_hindrance(self) -> str:
+        """Why connections cannot be adopted here at all, "" when they can."""
+        if self.mode == "store":
+            return "mode store has no module to ask"
+        if not (self.pin_dir / next(iter(adopt.ITERATORS))).exists():
+            return (
+                self._adoption_refused
+                or adopt.this_kernel()
+                or "this kernel refused the programs for it at start"
+            )
+        return "" if self.full_run_id() else "the server's kflex.so cannot be reached"
+
     def _const(self, name: str) -> int:
         return self._btf.constants()[name]
 
@@ -298,7 +367,7 @@ class Session:
         deadline = time.monotonic() + timeout
         if not force:
             self._keep_leftovers()
-        with _locked(self.pin_dir.parent):
+        with _locked(self.pin_dir.parent), _locked(self.pin_dir):
             try:
                 self._disable(max(1.0, timeout))
             except KflexError:
@@ -322,7 +391,7 @@ class Session:
         if self._ctl is not None and self._ctl.disabled == 0:
             self._ctl.disabled = self._const("KFLEX_STOPPING")
         if self.mode == "coherent" and self.server_alive:
-            run_id = self._full_run_id()
+            run_id = self.full_run_id()
             if run_id:
                 with contextlib.suppress(ConnectionError):
                     place = netns.of(self.pid)
@@ -351,8 +420,8 @@ class Session:
                 f"--port {self.port} [--export FILE] [--discard]",
             )
 
-    def _full_run_id(self) -> str:
-        """The server's run id from the abstract sockets of its namespace: INFO may be out of reach."""
+    def full_run_id(self) -> str:
+        """The server's run id from its abstract socket (INFO may be out of reach), "" without one."""
         prefix = f"kflex-{self.run_id}"
         for name in netns.unix_names(self.pid):
             if name.startswith(prefix):
@@ -362,9 +431,10 @@ class Session:
     def _discard(self) -> None:
         """Take off a session that nobody is served by any more. start() holds the lock, and so needs our
         directory still."""
-        self._disable(1.0)
-        _synchronize_rcu()
-        self._remove(leave_root=False)
+        with _locked(self.pin_dir):
+            self._disable(1.0)
+            _synchronize_rcu()
+            self._remove(leave_root=False)
 
     def _remove(self, leave_root: bool = True) -> None:
         """Everything out of the kernel. Works on whatever is left of a session."""
@@ -422,15 +492,36 @@ def start(
     built: build.Built | None = None,
     login: target.Login | None = None,
     where: netns.Namespace | None = None,
+    take_over: bool = True,
+    budget: float = 3.0,
 ) -> Session:
     """Serve GET and SET of the redis-server at ``port`` from the kernel.
 
     The server must be a Redis 7.0 with kflex.so loaded (mode ``store``, for benchmarks only: without). Where
     it is attached already, that session is returned. ``table_bytes``: RAM for the table, None for what
     choose_table() says. ``login``: as whom to ask the server what it is, where it wants a password.
-    ``where``: the network namespace in which ``host:port`` is the server, None for ours. KflexError, with
-    nothing left behind, for whatever is in the way.
+    ``where``: the network namespace in which ``host:port`` is the server, None for ours. ``take_over``: adopt
+    the connections that are there already, trying those that are busy for ``budget`` seconds
+    (``Session.adoption`` says what became of them). KflexError, with nothing left behind, for whatever is in
+    the way.
     """
+    session = _find_or_start(port, host, table_bytes, mode, built, login, where)
+    if take_over and session.readable:
+        # Not under the host's lock: others may start and stop meanwhile.
+        with _locked(session.pin_dir):
+            session.adoption = adopt.adopt(session, budget)
+    return session
+
+
+def _find_or_start(
+    port: int,
+    host: str,
+    table_bytes: int | None,
+    mode: str,
+    built: build.Built | None,
+    login: target.Login | None,
+    where: netns.Namespace | None,
+) -> Session:
     if os.geteuid() != 0:
         raise Unavailable("the offload needs root", "offload start", "run it with sudo")
     if not netns.in_first_pid_namespace():
@@ -553,9 +644,11 @@ def _start(found: target.Target, pin_dir: Path, plan: table.Plan, mode: str, mad
             heap_cells=plan.chunks * obj.btf.constants()["KFLEX_CHUNK_CELLS"],
             store=mode == "store",
         )
+        refused = adopt.prepare(obj)
         obj.load()
         _pin_all(obj, pin_dir)
         session = Session(pin_dir, obj.btf, obj)
+        session._adoption_refused = refused
         _fill(session, obj, plan, found, mode, pid, started)
         if mode == "coherent":
             _give_to(pin_dir, Path(f"/proc/{pid}").stat())
@@ -565,6 +658,7 @@ def _start(found: target.Target, pin_dir: Path, plan: table.Plan, mode: str, mad
         unread = obj.programs[_UNREAD].attach_iter(obj.maps["client_socks"])
         unread.pin(pin_dir / _UNREAD)
         unread.destroy()
+        adopt.pin(obj, pin_dir, refused)
         session._attach_hooks()
         if mode == "coherent":
             fds = [obj.maps[name].fd for name in ("ctl", "heap", "buckets", "ring")]

@@ -700,7 +700,7 @@ def test_one_connection_of_two_processes(sut: Sut, conn: Conn) -> None:
         assert conn.do("GET", "k") == b"child"
 
 
-def test_connections_made_before_the_start_pass(sut: Sut) -> None:
+def test_connections_made_before_the_start_pass_unless_they_are_adopted(sut: Sut) -> None:
     if not sut.offloaded:
         pytest.skip("there is no start on a plain server")
     from kflex_repro import build
@@ -709,7 +709,8 @@ def test_connections_made_before_the_start_pass(sut: Sut) -> None:
 
     with ManagedServer(module=build.ensure().module) as server, Conn(server.port) as early:
         early.do("SET", "k", "early")
-        with offload.start(server.port, table_bytes=64 << 20) as session:
+        with offload.start(server.port, table_bytes=64 << 20, take_over=False) as session:
+            assert session.adoption is None
             for _ in range(20):
                 assert early.do("GET", "k") == b"early"
             assert session.stats()["served_get"] == 0
