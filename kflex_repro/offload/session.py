@@ -651,7 +651,11 @@ def _start(found: target.Target, pin_dir: Path, plan: table.Plan, mode: str, mad
         session._adoption_refused = refused
         _fill(session, obj, plan, found, mode, pid, started)
         if mode == "coherent":
-            _give_to(pin_dir, Path(f"/proc/{pid}").stat())
+            try:
+                owner = Path(f"/proc/{pid}").stat()
+            except OSError:
+                raise KflexError("the server ended while the offload was started", f"pid {pid}") from None
+            _give_to(pin_dir, owner)
         session.refresh_addresses()
         for name, map_name in _VERDICTS:
             obj.programs[name].attach_map(obj.maps[map_name], AttachType.SK_MSG_VERDICT)
