@@ -35,7 +35,6 @@ from tests.redis.harness import (
     Sut,
     cli,
     eventually,
-    kill,
     need_offload,
     rng,
 )
@@ -362,8 +361,6 @@ def test_who_is_not_at_rest_is_left_alone(
 def test_a_request_under_way(early: Sut) -> None:
     conn, other = early.connect(), early.connect()
     conn.do("SET", "k", "v")
-    os.kill(early.server.pid, signal.SIGSTOP)
-    os.kill(early.server.pid, signal.SIGCONT)
     # The client reads nothing: its last reply stays in the receive queue.
     conn.send("GET", "k")
     eventually(lambda: conn.unread() == 7)
@@ -842,7 +839,7 @@ def test_the_server_dies_afterwards(early: Sut) -> None:
     conn = early.connect()
     attach(early)
     must_be_served(early, conn)
-    kill(early.server.pid)
+    early.server.kill()
     with pytest.raises((ConnectionError, OSError)):
         conn.do("GET", "k")
     eventually(lambda: not early.session.server_alive)
