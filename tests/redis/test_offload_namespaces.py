@@ -461,7 +461,9 @@ def test_two_servers_on_one_port_in_two_namespaces(veth: VethPair) -> None:
                 with connect(veth.server_ns, veth.client_host, two.port) as across:
                     must_serve(second, across, "across")
                 assert a.do("GET", "across") is None
-            assert offload.find(one.port, netns.of(two.pid)) is not None
+            found = offload.find(one.port, netns.of(two.pid))
+            assert found is not None
+            found.close()
         # One of them stopped: the other goes on.
         assert offload.find(two.port, netns.of(two.pid)) is None
         with connect(veth.server_ns, "127.0.0.1", one.port) as conn:
