@@ -82,6 +82,27 @@ static __always_inline void listen_to(struct sock_common *sk, struct kflex_adopt
 		a->deaf = 1;
 }
 
+/* Puts the socket into the sockmap, at its connection's number; `known`: it may be there. Returns what became of it. */
+static __always_inline __u32 enrol_socket(struct sock_common *sk, void *socks, struct kflex_adopt *a,
+					  struct kflex_conn *c, struct kflex_link *link, int known, __u32 done)
+{
+	__u32 i = a->conn;
+
+	if (bpf_map_update_elem(socks, &i, sk, KFLEX_BPF_NOEXIST) && !known)
+		return KFLEX_A_FOREIGN;
+	if (known)
+		return done;
+	link->conn = i;
+	__sync_fetch_and_add(&c->refs, 1);
+	if (!bpf_sk_storage_get(&links, sk, link, BPF_SK_STORAGE_GET_F_CREATE)) {
+		__sync_fetch_and_sub(&c->refs, 1);
+		bpf_map_delete_elem(socks, &i);
+		return KFLEX_A_FULL;
+	}
+	listen_to(sk, a, CALLBACKS);
+	return done;
+}
+
 /* A connection that is not adopted after all, and was nothing of ours before: its server socket is plain TCP again. */
 static __always_inline void undo_server(struct sock_common *sk, struct kflex_adopt *a)
 {
@@ -166,23 +187,7 @@ int kflex_adopt_server(struct bpf_iter__tcp *ctx)
 	a->s_copied = tp->copied_seq;
 	KFLEX_BARRIER();
 	WRITE_ONCE(c->cflags, 0);
-	/* At its own number it can only be there already. */
-	if (bpf_map_update_elem(&server_socks, &i, sk, KFLEX_BPF_NOEXIST) && !l) {
-		a->result = KFLEX_A_FOREIGN;
-		return 0;
-	}
-	if (!l) {
-		link.conn = i;
-		__sync_fetch_and_add(&c->refs, 1);
-		if (!bpf_sk_storage_get(&links, sk, &link, BPF_SK_STORAGE_GET_F_CREATE)) {
-			__sync_fetch_and_sub(&c->refs, 1);
-			bpf_map_delete_elem(&server_socks, &i);
-			a->result = KFLEX_A_FULL;
-			return 0;
-		}
-		listen_to(sk, a, CALLBACKS);
-	}
-	a->result = KFLEX_A_SERVER;
+	a->result = enrol_socket(sk, &server_socks, a, c, &link, !!l, KFLEX_A_SERVER);
 	return 0;
 }
 
@@ -229,25 +234,12 @@ int kflex_adopt_client(struct bpf_iter__tcp *ctx)
 	__builtin_memset(&c->req, 0, sizeof(c->req));
 	c->family = sk->skc_family;
 	c->ports = (__u32)sk->skc_num << 16 | port;
-	if (bpf_map_update_elem(&client_socks, &i, sk, KFLEX_BPF_NOEXIST) && !l) {
-		a->result = KFLEX_A_FOREIGN;
+	a->result = enrol_socket(sk, &client_socks, a, c, &link, !!l, KFLEX_A_DONE);
+	if (a->result != KFLEX_A_DONE)
 		return 0;
-	}
-	if (!l) {
-		link.conn = i;
-		__sync_fetch_and_add(&c->refs, 1);
-		if (!bpf_sk_storage_get(&links, sk, &link, BPF_SK_STORAGE_GET_F_CREATE)) {
-			__sync_fetch_and_sub(&c->refs, 1);
-			bpf_map_delete_elem(&client_socks, &i);
-			a->result = KFLEX_A_FULL;
-			return 0;
-		}
-		listen_to(sk, a, CALLBACKS);
-	}
 	KFLEX_BARRIER();
 	WRITE_ONCE(c->paired, 1);
 	count(k, KFLEX_STAT_PAIRED);
-	a->result = KFLEX_A_DONE;
 	return 0;
 }
 

@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 
 from kflex_repro.errors import KflexError
+from tests.conftest import unavailable
 from tests.redis.durability import (
     Book,
     Load,
@@ -628,7 +629,7 @@ def test_the_server_as_another_user(home: Path, monkeypatch: pytest.MonkeyPatch)
     from kflex_repro.redis.server import redis_binary
 
     if not have("setpriv"):
-        pytest.skip("no setpriv")
+        unavailable("no setpriv")
     data = home / "data"
     data.mkdir()
     os.chown(data, 65534, 65534)
@@ -687,7 +688,7 @@ def test_an_aof_that_ends_within_a_cut(by: str) -> None:
         must = torn(r)
         if by == "redis-check-aof":
             if not have("redis-check-aof"):
-                pytest.skip("no redis-check-aof")
+                unavailable("no redis-check-aof")
             manifest = aof_dir(r.dir) / "appendonly.aof.manifest"
             checker = ["redis-check-aof", "--fix", str(manifest)]
             fixed = subprocess.run(checker, input=b"y\n", capture_output=True, check=True, timeout=30)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from kflex_repro.redis.resp import Decoder, ErrorReply, Reply, encode_command, strictly_equal
+from tests.conftest import unavailable
 from tests.redis.harness import Conn, Sut, eventually, have, offloaded_server, plain_server, rng
 
 pytestmark = pytest.mark.bpf
@@ -403,7 +404,7 @@ AOF = ("--appendonly", "yes", "--appendfsync", "everysec", "--aof-use-rdb-preamb
 def test_every_set_reaches_the_aof(tmp_path: Path) -> None:
     """After a clean stop of the server the AOF is whole and holds the last value of every key."""
     if not have("redis-check-aof"):
-        pytest.skip("no redis-check-aof")
+        unavailable("no redis-check-aof")
     with offloaded_server(AOF, dir=tmp_path) as sut:
         conn = sut.connect()
         sut.warm(conn)

@@ -350,7 +350,9 @@ def test_failover(offloaded: Sut) -> None:
                 assert writer.do("SET", "counter", number) == b"OK"
             eventually(lambda: synchronised(copy, control), 20, "the replica")
             # The master counts it as online only from its first acknowledgement on.
-            eventually(lambda: "state=online" in info(control, "replication", "slave0"), 20, "the replica online")
+            eventually(
+                lambda: "state=online" in info(control, "replication", "slave0"), 20, "the replica online"
+            )
             assert control.do("FAILOVER", "TO", "127.0.0.1", str(replica.port)) == b"OK"
             last, number = 199, 200
             while True:
