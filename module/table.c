@@ -127,13 +127,11 @@ static void drop(struct kflex_bucket *b, int s)
 	uint32_t cell = b->slot[s].cell;
 
 	b->slot[s].cell = 0;
-#ifndef KFLEX_BREAK_FREE_PENDING
 	/* The command that made us forget it may die with the server, unacknowledged; the SET was acknowledged. */
 	if (LOAD(kflex_entry_at(cell)->state) == KFLEX_PENDING) {
 		STORE(kflex_entry_at(cell)->state, KFLEX_DROPPED);
 		return;
 	}
-#endif
 	kflex_cell_free(cell);
 }
 
