@@ -164,6 +164,9 @@ void kflex_clients_start(RedisModuleCtx *ctx);
 void kflex_clients_stop(RedisModuleCtx *ctx);
 
 /* link.c */
+size_t kflex_pages(size_t bytes);
+void kflex_measure(void);
+void kflex_unmap(void);
 int kflex_link_start(RedisModuleCtx *ctx);
 void kflex_link_stop(void);
 void kflex_quiet(RedisModuleCtx *ctx, unsigned why);

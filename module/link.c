@@ -31,17 +31,17 @@ static void *map_fd(int fd, size_t bytes)
 	return at;
 }
 
-static size_t pages(size_t bytes)
+size_t kflex_pages(size_t bytes)
 {
 	size_t page = (size_t)sysconf(_SC_PAGESIZE);
 
 	return (bytes + page - 1) / page * page;
 }
 
-static void unmap_all(void)
+void kflex_unmap(void)
 {
 	if (K.ctl)
-		munmap(K.ctl, pages(sizeof(*K.ctl)));
+		munmap(K.ctl, kflex_pages(sizeof(*K.ctl)));
 	if (K.heap)
 		munmap(K.heap, K.heap_bytes);
 	if (K.buckets)
@@ -54,6 +54,14 @@ static void unmap_all(void)
 	K.ring = NULL;
 }
 
+/* The sizes of the table's maps, as its control block says. */
+void kflex_measure(void)
+{
+	K.heap_bytes = kflex_pages((size_t)K.ctl->chunks * (KFLEX_CHUNK_CELLS * KFLEX_CELL + KFLEX_CHUNK_SLACK));
+	K.bucket_bytes = kflex_pages((size_t)K.ctl->buckets * sizeof(struct kflex_bucket));
+	K.ring_bytes = kflex_pages((size_t)K.ctl->ring * sizeof(uint64_t));
+}
+
 /* GIL held. Returns 0 or a negative errno. */
 static int attach(const int fds[NFDS], char *text, size_t size)
 {
@@ -61,14 +69,12 @@ static int attach(const int fds[NFDS], char *text, size_t size)
 		snprintf(text, size, "this server is already attached to a table");
 		return -EBUSY;
 	}
-	K.ctl = map_fd(fds[FD_CTL], pages(sizeof(*K.ctl)));
+	K.ctl = map_fd(fds[FD_CTL], kflex_pages(sizeof(*K.ctl)));
 	if (!K.ctl || K.ctl->magic != KFLEX_MAGIC || K.ctl->abi != KFLEX_ABI) {
 		snprintf(text, size, "the control block cannot be mapped or is of another ABI");
 		goto fail;
 	}
-	K.heap_bytes = pages((size_t)K.ctl->chunks * (KFLEX_CHUNK_CELLS * KFLEX_CELL + KFLEX_CHUNK_SLACK));
-	K.bucket_bytes = pages((size_t)K.ctl->buckets * sizeof(struct kflex_bucket));
-	K.ring_bytes = pages((size_t)K.ctl->ring * sizeof(uint64_t));
+	kflex_measure();
 	K.heap = map_fd(fds[FD_HEAP], K.heap_bytes);
 	K.buckets = map_fd(fds[FD_BUCKETS], K.bucket_bytes);
 	K.ring = map_fd(fds[FD_RING], K.ring_bytes);
@@ -92,7 +98,7 @@ static int attach(const int fds[NFDS], char *text, size_t size)
 			K.ctl->rules);
 	return 0;
 fail:
-	unmap_all();
+	kflex_unmap();
 	return -EINVAL;
 }
 
@@ -116,7 +122,7 @@ void kflex_detach(RedisModuleCtx *ctx, unsigned why)
 	K.attached = 0;
 	RedisModule_Log(ctx, "notice", "kflex: detached after %llu keys in %llu cuts",
 			(unsigned long long)K.ctl->drained, (unsigned long long)K.ctl->cuts);
-	unmap_all();
+	kflex_unmap();
 }
 
 /* Takes the GIL, or returns 0 when the thread is to stop. The main thread may hold it while it waits for us to stop. */

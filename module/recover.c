@@ -25,13 +25,6 @@
 
 struct kflex_recovery R;
 
-static size_t pages(size_t bytes)
-{
-	size_t page = (size_t)sysconf(_SC_PAGESIZE);
-
-	return (bytes + page - 1) / page * page;
-}
-
 /* A key's event while the AOF is replayed: is it a marker? */
 void kflex_recover_marker(RedisModuleCtx *ctx, const char *event, RedisModuleString *key)
 {
@@ -91,7 +84,7 @@ static void *map_pinned(const char *dir, const char *name, size_t bytes, int *er
 		*err = errno;
 		return NULL;
 	}
-	at = mmap(NULL, pages(bytes), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	at = mmap(NULL, kflex_pages(bytes), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 	if (at == MAP_FAILED) {
 		*err = errno;
 		at = NULL;
@@ -242,19 +235,6 @@ static uint64_t apply(RedisModuleCtx *ctx)
 	return applied;
 }
 
-static void let_go(void)
-{
-	if (K.heap)
-		munmap(K.heap, K.heap_bytes);
-	if (K.ring)
-		munmap(K.ring, K.ring_bytes);
-	if (K.ctl)
-		munmap(K.ctl, pages(sizeof(*K.ctl)));
-	K.ctl = NULL;
-	K.heap = NULL;
-	K.ring = NULL;
-}
-
 static void leave(RedisModuleCtx *ctx, const char *dir, const char *why, uint64_t entries)
 {
 	R.kept += entries;
@@ -295,8 +275,7 @@ static void look_at(RedisModuleCtx *ctx, const char *dir, unsigned port, int aof
 		leave(ctx, dir, why, K.ctl->head - K.ctl->journal_head);
 		goto out;
 	}
-	K.heap_bytes = pages((size_t)K.ctl->chunks * (KFLEX_CHUNK_CELLS * KFLEX_CELL + KFLEX_CHUNK_SLACK));
-	K.ring_bytes = pages((size_t)K.ctl->ring * sizeof(uint64_t));
+	kflex_measure();
 	K.heap = map_pinned(dir, "heap", K.heap_bytes, &err);
 	K.ring = map_pinned(dir, "ring", K.ring_bytes, &err);
 	if (!K.heap || !K.ring) {
@@ -309,7 +288,7 @@ static void look_at(RedisModuleCtx *ctx, const char *dir, unsigned port, int aof
 	R.waiting = K.ctl;
 	K.ctl = NULL;
 out:
-	let_go();
+	kflex_unmap();
 }
 
 /* What recovery applied is in the AOF: the old table holds nothing any more. */
@@ -326,7 +305,7 @@ void kflex_recover_written(RedisModuleCtx *ctx)
 void kflex_recover_let_go(void)
 {
 	if (R.waiting)
-		munmap(R.waiting, pages(sizeof(*R.waiting)));
+		munmap(R.waiting, kflex_pages(sizeof(*R.waiting)));
 	R.waiting = NULL;
 }
 

@@ -55,13 +55,14 @@ def killed_during_fsync(tmp_path: Path, patch: pytest.MonkeyPatch, **defines: st
     args = ("--appendonly", "yes", "--appendfsync", "everysec")
     with offloaded_server(args, defines=defines, dir=tmp_path) as sut:
         patch.delenv("LD_PRELOAD")
-        with sut.connect() as conn:
+        # The waiting is done on a connection of its own: one that sends nothing but other commands for long is parked.
+        with sut.connect() as conn, sut.connect() as waiting:
             sut.warm(conn)
             sut.must_serve(conn, ("SET", "B", "0"))
             hang.touch()
             try:
                 eventually(
-                    lambda: conn.do("INCR", "x") and _persistence(conn)["aof_pending_bio_fsync"] == "1",
+                    lambda: waiting.do("INCR", "x") and _persistence(waiting)["aof_pending_bio_fsync"] == "1",
                     what="an fsync under way",
                 )
                 for _ in range(100):
