@@ -214,7 +214,7 @@ def own_bed(
     With ``veth`` both servers live in its server namespace and load comes from its client namespace; the
     calling thread stays inside the server namespace until the bed is left.
     """
-    from kflex_repro.offload import session as offload
+    from kflex_repro.offload import attach
     from kflex_repro.redis.server import ManagedServer
 
     bind = f"127.0.0.1 {veth.server_host}" if veth else "127.0.0.1"
@@ -235,7 +235,7 @@ def own_bed(
             )
         else:
             served = stack.enter_context(ManagedServer(args=args, port=port, unix=True, bind=bind))
-        session = offload.start(served.port, mode=mode, built=built)
+        session = attach.start(served.port, mode=mode, built=built)
         stack.callback(session.stop)
         session.suspend()
 
@@ -275,6 +275,7 @@ def attached_bed(host: str, port: int) -> Iterator[Bed]:
 
     The module must be loaded in it; keys of ours are deleted after.
     """
+    from kflex_repro.offload import attach
     from kflex_repro.offload import session as offload
 
     client = redis.Redis(host=host, port=port, socket_timeout=10, socket_connect_timeout=5)
@@ -308,7 +309,7 @@ def attached_bed(host: str, port: int) -> Iterator[Bed]:
             where,
             f"run `kflex-repro offload stop --port {port}` first",
         )
-    session = offload.start(port, host=host)
+    session = attach.start(port, host=host)
     try:
         session.suspend()
         endpoint = Endpoint(host, port, unix, _local_pid(server.get("process_id")), host)

@@ -16,7 +16,7 @@ from rich.live import Live
 
 from kflex_repro import build
 from kflex_repro.errors import KflexError, Unavailable
-from kflex_repro.offload import connections, netns, session, status, systemd, table, target
+from kflex_repro.offload import attach, connections, netns, places, session, status, systemd, table, target
 from kflex_repro.offload import install as installation
 from kflex_repro.offload import recover as journal
 
@@ -144,8 +144,8 @@ def start(
     size = table.parse_size(table_size)
     if dry_run:
         found = target.probe(port, host, login=login, inside=where)
-        session.check_coherent(found)
-        plan = session.choose_table(found, size)
+        attach.check_coherent(found)
+        plan = attach.choose_table(found, size)
         known = session.find(port, found.where)
         click.echo(
             f"{'already attached to' if known else 'would attach to'} {found.software} {found.version} "
@@ -154,7 +154,7 @@ def start(
         )
         return
     with Console(stderr=True).status("attaching"):
-        made = session.start(port, host, table_bytes=size, login=login, where=where, take_over=take_over)
+        made = attach.start(port, host, table_bytes=size, login=login, where=where, take_over=take_over)
     try:
         if as_json:
             adoption = made.adoption.as_dict() if made.adoption is not None else None
@@ -268,7 +268,7 @@ def stop(
     found = _chosen(port, _namespace(pid, netns_name))
     if not found:
         if not dry_run:
-            session.tidy()
+            places.tidy()
         click.echo("nothing is attached" + (f" to port {port}" if port else ""))
     for one in found:
         if dry_run:

@@ -1,15 +1,12 @@
-"""Attach the offload to a redis-server, find it again from its pins, take it off."""
+"""An attached offload: found from its pins, looked at, taken off."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import os
-import secrets
 import struct
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +18,17 @@ from kflex_repro.bpf.links import Link, Program
 from kflex_repro.bpf.maps import Map
 from kflex_repro.bpf.object import Object
 from kflex_repro.errors import KflexError, Unavailable
-from kflex_repro.offload import adopt, commands, link, netns, recover, table, target
-from kflex_repro.redis.server import known_good
+from kflex_repro.offload import adopt, link, netns, places, recover, target
 
-_OBJECT = "offload_local"
-_MAPS = (
+OBJECT = "offload_local"
+MAPS = (
     *("ctl", "heap", "buckets", "ring", "conns", "client_socks", "server_socks", "server_addrs"),
     *("adopting", "free_conns"),
 )
-_VERDICTS = (("kflex_client", "client_socks"), ("kflex_server", "server_socks"))
+VERDICTS = (("kflex_client", "client_socks"), ("kflex_server", "server_socks"))
 _TRACING = ("kflex_switch", "kflex_exit", "kflex_exec", "kflex_read")
 _ENROL = "kflex_enrol"
-_UNREAD = "kflex_unread"
-_ROOT_NAME = "kflex"
-# module/link.c names it.
-_DRAIN_THREAD = "kflex-drain"
-_DRAIN_NICE = -10
-# A directory here says that we mounted bpffs, so that the last stop can take it away again.
-_MOUNTED = "mounted-by-kflex"
-# What the kernel itself puts into every fresh bpffs (kernel/bpf/preload).
-_PRELOADED = frozenset({"maps.debug", "progs.debug"})
+UNREAD = "kflex_unread"
 _STAT_SKIP = ("KFLEX_STAT_COUNT",)
 # The first words of struct kflex_ctl, which every version has in the same place.
 _FIXED = ("abi", "pid", "start_time")
@@ -59,7 +47,7 @@ class Session:
         self._object = obj
         self.adoption: adopt.Adoption | None = None
         self._adoption_refused = ""
-        self._maps = {name: Map.from_pin(pin_dir / name) for name in _MAPS if (pin_dir / name).exists()}
+        self._maps = {name: Map.from_pin(pin_dir / name) for name in MAPS if (pin_dir / name).exists()}
         self._ctl: Any = None
         layout = btf.struct("kflex_ctl")
         # What every version has in the same place, and a start that was killed half-way has as zeros.
@@ -238,7 +226,7 @@ class Session:
 
     def enrolled(self) -> dict[int, bool]:
         """Connections whose client's socket is in our hands, and whether it has replies of ours to read."""
-        path = self.pin_dir / _UNREAD
+        path = self.pin_dir / UNREAD
         if not path.exists():
             return {}
         opened = Link.from_pin(path)
@@ -336,14 +324,14 @@ class Session:
 
     def resume(self) -> None:
         """Undo suspend()."""
-        self._attach_hooks()
+        self.attach_hooks()
 
     def _need_object(self) -> Object:
         if self._object is None:
             raise KflexError("only the process that started a session can change its hooks", self.server_id)
         return self._object
 
-    def _attach_hooks(self) -> None:
+    def attach_hooks(self) -> None:
         programs = self._need_object().programs
         root = fs.cgroup2_root()
         if root is None:
@@ -366,25 +354,43 @@ class Session:
         """
         deadline = time.monotonic() + timeout
         if not force:
-            self._keep_leftovers()
-        with _locked(self.pin_dir.parent), _locked(self.pin_dir):
-            try:
-                self._disable(max(1.0, timeout))
-            except KflexError:
-                # The module still has the table mapped and brings in what is there when its server goes on.
-                if not force:
-                    raise
-            # Programs run under RCU: afterwards each of them has seen the disable word.
-            _synchronize_rcu()
-            while self.unread() and not force:
-                if time.monotonic() > deadline:
-                    raise KflexError(
-                        f"{len(self.unread())} connections have replies that their clients do not read",
-                        f"offload of port {self.port}; it is disabled and everything passes",
-                        "stop or close those clients and stop again, or use --force to drop those replies",
-                    )
-                time.sleep(0.002)
-            self._remove()
+            self.keep_leftovers()
+        # Not under the host's lock: clients may take their time, and others start and stop meanwhile.
+        with places.locked(self.pin_dir):
+            self._quiesce(deadline, timeout, force)
+        with places.locked(self.pin_dir.parent), places.locked(self.pin_dir) as there:
+            # Whoever started the server's offload anew in between has taken this one away.
+            if there and not self._replaced():
+                self.remove()
+            else:
+                self.close()
+
+    def _quiesce(self, deadline: float, timeout: float, force: bool) -> None:
+        """Nothing is served any more, and every reply of ours is read (``force``: or given up)."""
+        try:
+            self._disable(max(1.0, timeout))
+        except KflexError:
+            # The module still has the table mapped and brings in what is there when its server goes on.
+            if not force:
+                raise
+        # Programs run under RCU: afterwards each of them has seen the disable word.
+        _synchronize_rcu()
+        while self.unread() and not force:
+            if time.monotonic() > deadline:
+                raise KflexError(
+                    f"{len(self.unread())} connections have replies that their clients do not read",
+                    f"offload of port {self.port}; it is disabled and everything passes",
+                    "stop or close those clients and stop again, or use --force to drop those replies",
+                )
+            time.sleep(0.002)
+
+    def _replaced(self) -> bool:
+        """Whether the pins here are of a later start."""
+        path = self.pin_dir / "ctl"
+        if "ctl" not in self._maps or not path.exists():
+            return False
+        with Map.from_pin(path) as now:
+            return now.id != self._maps["ctl"].id
 
     def _disable(self, timeout: float) -> None:
         """Have the module drain and let go; without a living server set the disable word ourselves."""
@@ -402,7 +408,7 @@ class Session:
         if self._ctl is not None:
             self._ctl.allow = 0
 
-    def _keep_leftovers(self) -> None:
+    def keep_leftovers(self) -> None:
         if not self.readable and self.pid and not self.server_alive:
             raise KflexError(
                 f"another version of kflex-repro (ABI {self.abi}) has left a table that may hold SETs of a "
@@ -428,20 +434,20 @@ class Session:
                 return name.removeprefix("kflex-")
         return ""
 
-    def _discard(self) -> None:
+    def discard(self) -> None:
         """Take off a session that nobody is served by any more. start() holds the lock, and so needs our
         directory still."""
-        with _locked(self.pin_dir):
+        with places.locked(self.pin_dir):
             self._disable(1.0)
             _synchronize_rcu()
-            self._remove(leave_root=False)
+            self.remove(leave_root=False)
 
-    def _remove(self, leave_root: bool = True) -> None:
+    def remove(self, leave_root: bool = True) -> None:
         """Everything out of the kernel. Works on whatever is left of a session."""
         programs: list[int] = []
-        for name in (*_TRACING, _ENROL, _UNREAD):
+        for name in (*_TRACING, _ENROL, UNREAD):
             fs.unpin(self.pin_dir / name)
-        for name, map_name in _VERDICTS:
+        for name, map_name in VERDICTS:
             path = self.pin_dir / name
             if path.exists() and map_name in self._maps:
                 with Program.from_pin(path) as program:
@@ -460,7 +466,7 @@ class Session:
             self.pin_dir.rmdir()
         _wait_gone(programs)
         if leave_root:
-            _leave_root(self.pin_dir.parent)
+            places.leave_root(self.pin_dir.parent)
 
     def close(self) -> None:
         """Let go of our descriptors; what is pinned stays."""
@@ -480,316 +486,27 @@ class Session:
             self.stop()
 
 
-# --- start -------------------------------------------------------------------------------------------------
-
-
-def start(
-    port: int,
-    host: str = "127.0.0.1",
-    *,
-    table_bytes: int | None = None,
-    mode: str = "coherent",
-    built: build.Built | None = None,
-    login: target.Login | None = None,
-    where: netns.Namespace | None = None,
-    take_over: bool = True,
-    budget: float = 3.0,
-) -> Session:
-    """Serve GET and SET of the redis-server at ``port`` from the kernel.
-
-    The server must be a Redis 7.0 with kflex.so loaded (mode ``store``, for benchmarks only: without). Where
-    it is attached already, that session is returned. ``table_bytes``: RAM for the table, None for what
-    choose_table() says. ``login``: as whom to ask the server what it is, where it wants a password.
-    ``where``: the network namespace in which ``host:port`` is the server, None for ours. ``take_over``: adopt
-    the connections that are there already, trying those that are busy for ``budget`` seconds
-    (``Session.adoption`` says what became of them). KflexError, with nothing left behind, for whatever is in
-    the way.
-    """
-    session = _find_or_start(port, host, table_bytes, mode, built, login, where)
-    if take_over and session.readable:
-        # Not under the host's lock: others may start and stop meanwhile.
-        with _locked(session.pin_dir):
-            session.adoption = adopt.adopt(session, budget)
-    return session
-
-
-def _find_or_start(
-    port: int,
-    host: str,
-    table_bytes: int | None,
-    mode: str,
-    built: build.Built | None,
-    login: target.Login | None,
-    where: netns.Namespace | None,
-) -> Session:
-    if os.geteuid() != 0:
-        raise Unavailable("the offload needs root", "offload start", "run it with sudo")
-    if not netns.in_first_pid_namespace():
-        raise Unavailable(
-            "BPF programs see the host's process ids, this pid namespace has others",
-            "offload start",
-            "run it on the host, with --pid for a server in a container",
-        )
-    found = target.probe(port, host, login=login, inside=where)
-    made = built or build.ensure()
-    if mode == "coherent":
-        check_coherent(found, made)
-    plan = choose_table(found, table_bytes, mode, made)
-    with _entered() as root:
-        same: list[Session] = []
-        stale: list[Session] = []
-        for session in attached():
-            if session.port != port:
-                session.close()
-            elif session.is_in(found.where):
-                (same if session.server_id == found.server_id and session.server_alive else stale).append(
-                    session
-                )
-            elif session.readable and not session.server_alive and not session.leftovers():
-                # A container's: started again, it has another network namespace.
-                stale.append(session)
-            else:
-                session.close()
-        for session in stale:
-            session._keep_leftovers()
-        for session in stale:
-            session._discard()
-        if same and (found.attached or same[0].mode == mode == "store"):
-            same[0].refresh_addresses()
-            return same[0]
-        if same:
-            # Pins without a module behind them: a start that was killed half-way.
-            same[0]._discard()
-        return _start(found, root / found.server_id, plan, mode, made)
-
-
-def check_coherent(found: target.Target, made: build.Built | None = None) -> None:
-    """KflexError unless the server is of a known version and has the module of this toolkit (or ``made``)."""
-    where = f"{found.host}:{found.port}"
-    if found.software != "Redis" or not known_good(found.version_numbers):
-        why = "the order of its event loop has not been checked"
-        if found.software == "Valkey":
-            why = "with io-threads its event loop runs commands after replies, when the kernel accepts SETs"
-        raise KflexError(
-            f"{found.software} {found.version} is not known good: {why}",
-            where,
-            "use Redis 7.0 (Debian 12's redis-server)",
-        )
-    if found.module_abi is None:
-        raise KflexError(
-            "the server has not loaded kflex.so",
-            where,
-            "`kflex-repro offload install` puts it into redis.conf; then restart the server",
-        )
-    ours = _btf(made).constants()["KFLEX_ABI"]
-    if found.module_abi != ours:
-        raise KflexError(
-            f"the server's kflex.so has ABI {found.module_abi}, this toolkit ABI {ours}",
-            where,
-            "install the module of this version (`kflex-repro offload install`) and restart the server",
-        )
-
-
-def choose_table(
-    found: target.Target,
-    table_bytes: int | None,
-    mode: str = "coherent",
-    made: build.Built | None = None,
-) -> table.Plan:
-    """The table that start() makes: as asked for, else as the server's setting kflex.table-size says, else
-    table.auto(). KflexError when it does not fit into the free RAM, or the module cannot be asked."""
-    size, where = table_bytes, "--table-size"
-    if mode == "coherent":
-        answer = link.require(_query(found, _btf(made)), "talk to this toolkit")
-        if size is None and answer.table_size:
-            size, where = answer.table_size, f"{found.host}:{found.port}, kflex.table-size"
-    free = table.available()
-    plan = table.plan(size if size is not None else table.auto(free), where)
-    if plan.bytes > free:
-        raise KflexError(
-            f"a table of {plan.bytes >> 20} MiB does not fit into {free >> 20} MiB of free RAM",
-            where,
-            "choose a smaller one",
-        )
-    return plan
-
-
-def _start(found: target.Target, pin_dir: Path, plan: table.Plan, mode: str, made: build.Built) -> Session:
-    path = made.object(_OBJECT)
-    obj = Object.open(path)
-    session: Session | None = None
-    try:
-        pid = _server_pid(found, mode, obj.btf)
-        if netns.of(pid).inode != found.where.inode:
-            raise KflexError(
-                "the server's process is in another network namespace than its port",
-                f"{found.host}:{found.port}, pid {pid}",
-                f"use --pid {pid}",
-            )
-        if netns.monotonic_offset(pid) != netns.monotonic_offset(os.getpid()):
-            raise KflexError(
-                "the server's monotonic clock is not the kernel's (a time namespace)",
-                f"pid {pid}",
-                "run it without one",
-            )
-        started = target.start_time(pid)
-        obj.maps["heap"].set_max_entries(plan.chunks)
-        obj.maps["buckets"].set_max_entries(plan.buckets)
-        obj.maps["ring"].set_max_entries(plan.ring)
-        obj.set_rodata(
-            port=found.port,
-            netns_cookie=netns.cookie(found.where),
-            bucket_mask=plan.buckets - 1,
-            ring_mask=plan.ring - 1,
-            heap_cells=plan.chunks * obj.btf.constants()["KFLEX_CHUNK_CELLS"],
-            store=mode == "store",
-        )
-        refused = adopt.prepare(obj)
-        obj.load()
-        _pin_all(obj, pin_dir)
-        session = Session(pin_dir, obj.btf, obj)
-        session._adoption_refused = refused
-        _fill(session, obj, plan, found, mode, pid, started)
-        if mode == "coherent":
-            try:
-                owner = Path(f"/proc/{pid}").stat()
-            except OSError:
-                raise KflexError("the server ended while the offload was started", f"pid {pid}") from None
-            _give_to(pin_dir, owner)
-        session.refresh_addresses()
-        for name, map_name in _VERDICTS:
-            obj.programs[name].attach_map(obj.maps[map_name], AttachType.SK_MSG_VERDICT)
-        unread = obj.programs[_UNREAD].attach_iter(obj.maps["client_socks"])
-        unread.pin(pin_dir / _UNREAD)
-        unread.destroy()
-        adopt.pin(obj, pin_dir, refused)
-        session._attach_hooks()
-        if mode == "coherent":
-            fds = [obj.maps[name].fd for name in ("ctl", "heap", "buckets", "ring")]
-            answer = link.call(found.run_id, "KFLEX_ATTACH", obj.btf, fds, where=found.where)
-            link.require(answer, "attach")
-            _hurry(pid)
-        return session
-    except BaseException:
-        (session or Session(pin_dir, obj.btf, obj))._remove()
-        raise
-
-
-def _query(found: target.Target, btf: Btf) -> link.Answer:
-    """The module's word on itself; KflexError where it cannot be reached."""
-    try:
-        return link.call(found.run_id, "KFLEX_QUERY", btf, where=found.where)
-    except ConnectionError:
-        raise KflexError(
-            "the server's kflex.so cannot be reached",
-            f"{found.host}:{found.port}",
-            "it must run on this host, in the network namespace of its port",
-        ) from None
-
-
-def _server_pid(found: target.Target, mode: str, btf: Btf) -> int:
-    """The server's pid as we see it: INFO's may be of an inner pid namespace."""
-    if mode == "store":
-        return found.pid
-    answer = _query(found, btf)
-    link.require(answer, "talk to this toolkit")
-    if answer.attached:
-        # Left by a forced stop: nothing is pinned, so no program serves from it.
-        old = link.call(found.run_id, "KFLEX_DETACH", btf, where=found.where)
-        link.require(old, "let go of its old table")
-    if answer.pid <= 0:
-        raise KflexError(
-            "the server's process cannot be seen from here", f"{found.host}:{found.port}", "run on the host"
-        )
-    return answer.pid
-
-
-def _hurry(pid: int) -> None:
-    """Clients wait for the little that the drain thread does. The server may not raise a priority itself: a
-    service's system call filter kills it for that."""
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(OSError):
-            if (task / "comm").read_text().strip() == _DRAIN_THREAD:
-                os.setpriority(os.PRIO_PROCESS, int(task.name), _DRAIN_NICE)
-
-
-def _pin_all(obj: Object, pin_dir: Path) -> None:
-    for name in _MAPS:
-        obj.maps[name].pin(pin_dir / name)
-    for name, _ in _VERDICTS:
-        obj.programs[name].pin(pin_dir / name)
-
-
-def _give_to(pin_dir: Path, owner: os.stat_result) -> None:
-    """The server's user may open what it has mapped anyway: after a crash its successor must."""
-    for name in ("ctl", "heap", "ring"):
-        os.chown(pin_dir / name, owner.st_uid, owner.st_gid)
-
-
-def _fill(
-    session: Session, obj: Object, plan: table.Plan, found: target.Target, mode: str, pid: int, started: int
-) -> None:
-    const = obj.btf.constants()
-    ctl = session._ctl
-    ctl.magic, ctl.abi = const["KFLEX_MAGIC"], const["KFLEX_ABI"]
-    ctl.mode = const[f"KFLEX_MODE_{mode.upper()}"]
-    ctl.port, ctl.pid, ctl.tid, ctl.start_time = found.port, pid, pid, started
-    ctl.seed = secrets.randbits(64)
-    ctl.chunks, ctl.buckets, ctl.ring = plan.chunks, plan.buckets, plan.ring
-    ctl.cpus = min(_possible_cpus(), const["KFLEX_MAX_CPUS"])
-    ctl.bump = ctl.gen = 1
-    ctl.table_id = secrets.randbits(64)
-    if mode == "store":
-        ctl.allow = const["KFLEX_ALLOW_GET"] | const["KFLEX_ALLOW_SET"]
-        ctl.gate = 1
-        ctl.user_allow[const["KFLEX_USER_OPEN"]] = ctl.allow
-        ctl.default_open = 1
-    else:
-        ctl.disabled = const["KFLEX_DETACHED"]
-    for i in range(const["KFLEX_MAX_CONNS"]):
-        obj.maps["free_conns"].push(struct.pack("I", i))
-    width = const["KFLEX_NAME"]
-    for name, bits in commands.flags(obj.btf.enum("kflex_cmd_flag")).items():
-        if len(name) < width:
-            obj.maps["commands"].update(name.encode().ljust(width, b"\0"), struct.pack("I", bits))
-
-
-def _possible_cpus() -> int:
-    return 1 + max(
-        int(part.rpartition("-")[2])
-        for part in Path("/sys/devices/system/cpu/possible").read_text().strip().split(",")
-    )
-
-
 # --- find --------------------------------------------------------------------------------------------------
 
 
 def attached() -> list[Session]:
     """All sessions that are pinned on this host."""
-    root = _root()
+    root = places.root()
     if root is None or not root.exists():
         return []
-    places = [path for path in sorted(root.iterdir()) if path.name != _MOUNTED and path.is_dir()]
-    if not places:
+    pinned = [path for path in sorted(root.iterdir()) if path.name != places.MOUNTED and path.is_dir()]
+    if not pinned:
         return []
-    layouts = _btf()
+    known = layouts()
     found = []
-    for path in places:
+    for path in pinned:
         try:
-            found.append(Session(path, layouts))
+            found.append(Session(path, known))
         except KflexError:
             # A stop may be taking it away as we look.
             if path.exists():
                 raise
     return found
-
-
-def tidy() -> None:
-    """Remove what a start that was killed at once leaves: an empty directory, a mount that nobody uses."""
-    root = _root()
-    if root is not None and root.exists():
-        with _locked(root):
-            _leave_root(root)
 
 
 def find(port: int, where: netns.Namespace | None = None) -> Session | None:
@@ -803,86 +520,10 @@ def find(port: int, where: netns.Namespace | None = None) -> Session | None:
     return hit
 
 
-def _btf(made: build.Built | None = None) -> Btf:
+def layouts(made: build.Built | None = None) -> Btf:
     from kflex_repro.bpf import btf
 
-    return btf.load((made or build.ensure()).object(_OBJECT))
-
-
-# --- places and locks --------------------------------------------------------------------------------------
-
-
-def _root() -> Path | None:
-    mounted = fs.bpffs_root()
-    return mounted / _ROOT_NAME if mounted else None
-
-
-def _enter_root() -> Path:
-    """Our directory on bpffs; mounts bpffs where no one has."""
-    ours = fs.bpffs_root() is None
-    root = fs.ensure_bpffs() / _ROOT_NAME
-    # Not exist_ok: that raises when another process removes it at this moment.
-    with contextlib.suppress(FileExistsError):
-        root.mkdir()
-    if ours:
-        (root / _MOUNTED).mkdir()
-    return root
-
-
-def _leave_root(root: Path) -> None:
-    """Remove our directory when it is empty, and the mount if it was ours and nobody else uses it."""
-    if not root.exists() or any(path.name != _MOUNTED for path in root.iterdir()):
-        return
-    ours = (root / _MOUNTED).exists()
-    if ours:
-        (root / _MOUNTED).rmdir()
-    root.rmdir()
-    if ours and all(path.name in _PRELOADED for path in root.parent.iterdir()):
-        ctypes.CDLL(None).umount2(os.fsencode(root.parent), 2)  # MNT_DETACH: our own lock still holds it
-
-
-@contextlib.contextmanager
-def _entered() -> Iterator[Path]:
-    """Our directory on bpffs, made if need be, and locked."""
-    while True:
-        root = _enter_root()
-        with _locked(root) as locked:
-            # Else another process has removed it meanwhile.
-            if locked:
-                yield root
-                return
-
-
-@contextlib.contextmanager
-def _locked(root: Path) -> Iterator[bool]:
-    """One start or stop at a time on this host. False, and no lock, where there is no such directory."""
-    deadline = time.monotonic() + 30
-    while True:
-        try:
-            fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:
-            yield False
-            return
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever had the lock may have removed the directory: then it is a lock on nothing.
-            if os.path.samestat(os.fstat(fd), root.stat()):
-                break
-        except (BlockingIOError, FileNotFoundError):
-            pass
-        except BaseException:
-            os.close(fd)
-            raise
-        os.close(fd)
-        if time.monotonic() > deadline:
-            raise KflexError(
-                "another offload start or stop is running", str(root), "wait until it has finished"
-            )
-        time.sleep(0.02)
-    try:
-        yield True
-    finally:
-        os.close(fd)
+    return btf.load((made or build.ensure()).object(OBJECT))
 
 
 def _synchronize_rcu() -> None:

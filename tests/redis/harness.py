@@ -299,13 +299,13 @@ def offloaded_server(
         return
     need_offload()
     from kflex_repro import build
-    from kflex_repro.offload import session as offload
+    from kflex_repro.offload import attach
     from kflex_repro.offload.target import Login
 
     built = build.ensure(defines=dict(defines or {}))
     with _managed(args, built.module, **kw) as server:
         login = None if server.password is None else Login(password=server.password)
-        session = offload.start(server.port, table_bytes=table_bytes, built=built, login=login)
+        session = attach.start(server.port, table_bytes=table_bytes, built=built, login=login)
         sut = Sut(server, session)
         try:
             yield sut

@@ -90,10 +90,10 @@ class Rig:
         """`offload start`, and SETs are served."""
         if PLAIN_ONLY:
             return
-        from kflex_repro.offload import session as offload
+        from kflex_repro.offload import attach
 
         self.let_go()
-        self.session = offload.start(self.port, table_bytes=TABLE, built=self.built)
+        self.session = attach.start(self.port, table_bytes=TABLE, built=self.built)
         eventually(lambda: "set" in self.session.allow, what=f"SETs served: {self.session.rules}")
 
     def find(self) -> Any:
@@ -942,9 +942,9 @@ def attach_beside(r: Rig) -> None:
     """`offload start` with a replica there: SETs pass until it is away."""
     if PLAIN_ONLY:
         return
-    from kflex_repro.offload import session as offload
+    from kflex_repro.offload import attach
 
-    r.session = offload.start(r.port, table_bytes=TABLE, built=r.built)
+    r.session = attach.start(r.port, table_bytes=TABLE, built=r.built)
 
 
 def test_a_replica_is_always_in_a_state_that_existed() -> None:

@@ -25,6 +25,7 @@ from kflex_repro.bpf.libbpf import AttachType, MapType, ProgType
 from kflex_repro.bpf.maps import Map
 from kflex_repro.errors import KflexError
 from kflex_repro.offload import adopt, clients, connections, target
+from kflex_repro.offload import attach as attaching
 from kflex_repro.offload import session as offload
 from kflex_repro.redis.resp import ErrorReply, encode_command
 from kflex_repro.redis.server import ManagedServer
@@ -87,7 +88,7 @@ def early() -> Iterator[Sut]:
 
 def attach(sut: Sut, **kw: Any) -> adopt.Adoption:
     """`offload start`, first or again."""
-    made = offload.start(sut.port, table_bytes=TABLE, **kw)
+    made = attaching.start(sut.port, table_bytes=TABLE, **kw)
     if sut.session is not None:
         sut.session.close()
     sut.session = made
@@ -151,7 +152,7 @@ def test_an_ipv4_address_in_an_ipv6_socket(early: Sut) -> None:
 
 def test_a_connection_that_was_never_used(early: Sut) -> None:
     conn = early.connect()
-    eventually(lambda: len(list(clients.everyone(run_id(early), offload._btf()))) == 1)
+    eventually(lambda: len(list(clients.everyone(run_id(early), offload.layouts()))) == 1)
     assert attach(early).adopted == 1
     must_be_served(early, conn)
 
@@ -509,7 +510,7 @@ def test_the_numbers_run_out(early: Sut) -> None:
     pool = [early.connect() for _ in range(10)]
     for conn in pool:
         conn.do("PING")
-    offload.start(early.port, table_bytes=TABLE, take_over=False).close()
+    attaching.start(early.port, table_bytes=TABLE, take_over=False).close()
     early.session = offload.find(early.port)
     taken = [early.session.take_number() for _ in range(16384)]
     for number in taken[:4]:
@@ -774,7 +775,7 @@ def die_between(port: int, call: int) -> None:
         return real(*args, **kw)
 
     clients.batch = batch
-    offload.start(port, table_bytes=TABLE)
+    attaching.start(port, table_bytes=TABLE)
 
 
 def kill_a_toolkit(port: int, call: int) -> None:
@@ -821,7 +822,7 @@ def test_the_server_is_stopped_and_does_not_answer(early: Sut) -> None:
     """It costs the adoption, not the offload."""
     conn = early.connect()
     conn.do("SET", "k", "v")
-    offload.start(early.port, table_bytes=TABLE, take_over=False).close()
+    attaching.start(early.port, table_bytes=TABLE, take_over=False).close()
     early.session = offload.find(early.port)
     os.kill(early.server.pid, signal.SIGSTOP)
     try:
@@ -857,7 +858,7 @@ def test_a_kernel_that_refuses_the_programs(early: Sut, monkeypatch: pytest.Monk
             raise KflexError("the kernel refused program kflex_adopt_server: not today")
 
     monkeypatch.setattr(adopt, "Object", Refused)
-    session = offload.start(early.port, table_bytes=TABLE)
+    session = attaching.start(early.port, table_bytes=TABLE)
     early.session = session
     assert session.adoption is not None
     assert str(session.adoption) == "not adopted: the kernel refused program kflex_adopt_server: not today"
@@ -867,7 +868,7 @@ def test_a_kernel_that_refuses_the_programs(early: Sut, monkeypatch: pytest.Monk
     assert old.do("GET", "k") == b"w"
     assert state(early, new).state == connections.SERVED
     assert not state(early, old).adopted
-    again = offload.start(early.port, table_bytes=TABLE)
+    again = attaching.start(early.port, table_bytes=TABLE)
     assert again.adoption is not None
     assert again.adoption.unavailable
     again.close()
@@ -897,7 +898,7 @@ def test_clients_that_pass_by_a_renamed_command() -> None:
     with early_server(["--rename-command", "CLIENT", "KUNDE"]) as sut:
         conn = sut.connect()
         conn.do("SET", "k", "v")
-        sut.session = offload.start(sut.port, table_bytes=TABLE)
+        sut.session = attaching.start(sut.port, table_bytes=TABLE)
         assert sut.session.adoption is not None
         assert "does not answer CLIENT LIST" in sut.session.adoption.unavailable
         assert conn.do("GET", "k") == b"v"
@@ -1004,7 +1005,7 @@ def test_users_of_connections_from_before() -> None:
         assert named.do("AUTH", "app", "word") == b"OK"
         assert default.do("SET", "k", "v") == b"OK"
         login = target.Login("default", "secret")
-        sut.session = offload.start(sut.port, table_bytes=TABLE, login=login)
+        sut.session = attaching.start(sut.port, table_bytes=TABLE, login=login)
         assert sut.session.adoption is not None
         assert sut.session.adoption.adopted == 3, str(sut.session.adoption)
         for conn in (default, named):

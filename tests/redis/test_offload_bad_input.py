@@ -304,15 +304,15 @@ def valkey(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("args", [(), ("--io-threads", "3")], ids=["one thread", "io-threads"])
 def test_valkey(valkey: None, args: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The module loads, start refuses; and if it did not, the module's own rule would forbid everything."""
-    from kflex_repro.offload import session as offload
+    from kflex_repro.offload import attach
 
     with with_module("--enable-module-command", "yes", *args) as server, Conn(server.port) as control:
         work(control)
         assert info(control)["attached"] == "0"
         line = refused(server.port)
         assert re.search(r"Valkey \d+\.\d+\.\d+ is not known good.*io-threads", line)
-        monkeypatch.setattr(offload, "check_coherent", lambda found, made: None)
-        session = offload.start(server.port, table_bytes=16 * MIB)
+        monkeypatch.setattr(attach, "check_coherent", lambda found, made: None)
+        session = attach.start(server.port, table_bytes=16 * MIB)
         try:
             assert "version" in session.rules
             with Conn(server.port) as conn:
@@ -370,20 +370,19 @@ def test_an_old_server() -> None:
 
 def test_a_table_larger_than_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """As asked for, and as the server's setting wants it: the line says which."""
-    from kflex_repro.offload import session as offload
-    from kflex_repro.offload import table
+    from kflex_repro.offload import attach, table
 
     monkeypatch.setattr(table, "available", lambda: 64 * MIB)
     with with_module() as server, Conn(server.port) as conn:
         with pytest.raises(KflexError, match=r"does not fit .*--table-size"):
-            offload.start(server.port, table_bytes=512 * MIB)
+            attach.start(server.port, table_bytes=512 * MIB)
         assert conn.do("CONFIG", "SET", "kflex.table-size", "512mb") == b"OK"
         with pytest.raises(KflexError, match=r"does not fit .*kflex\.table-size"):
-            offload.start(server.port)
+            attach.start(server.port)
         assert info(conn)["attached"] == "0"
         work(conn)
         assert conn.do("CONFIG", "SET", "kflex.table-size", "0") == b"OK"
-        with offload.start(server.port) as session:
+        with attach.start(server.port) as session:
             assert session.table_bytes <= 8 * MIB
 
 

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,9 @@ def stop_whatever_is_left(managed: Any) -> None:
 
 
 def start(server: Any) -> Any:
-    from kflex_repro.offload import session as offload
+    from kflex_repro.offload import attach
 
-    return offload.start(server.port, table_bytes=TABLE)
+    return attach.start(server.port, table_bytes=TABLE)
 
 
 class Load:
@@ -260,6 +261,23 @@ def test_a_stop_waits_for_replies_that_nobody_has_read(server: Any) -> None:
         assert conn.do("SET", "k", "w") == b"OK"
         session.stop(timeout=5)
         assert conn.do("GET", "k") == b"w"
+
+
+def test_others_start_and_stop_while_a_stop_waits(server: Any) -> None:
+    session = start(server)
+    with Conn(server.port) as conn, ThreadPoolExecutor(1) as pool:
+        conn.do("SET", "k", "v")
+        eventually(lambda: conn.do("GET", "k") == b"v" and session.stats()["served_get"] > 0)
+        conn.send("GET", "k")
+        assert session.unread()
+        waiting = pool.submit(session.stop, timeout=60.0)
+        eventually(lambda: session.disabled != "on", what="the stop under way")
+        with offloaded_server() as other, other.connect() as elsewhere:
+            other.must_serve(elsewhere, ("SET", "k", "other"))
+        assert not waiting.done()
+        assert conn.read() == b"v"
+        waiting.result(timeout=30)
+        assert not session.pin_dir.exists()
 
 
 def test_a_forced_stop(server: Any) -> None:
@@ -446,8 +464,8 @@ def test_the_module_unloaded(tmp_path: Path) -> None:
 
 STARTER = """
 import sys, time
-from kflex_repro.offload import session
-made = session.start(int(sys.argv[1]), table_bytes=32 << 20)
+from kflex_repro.offload import attach
+made = attach.start(int(sys.argv[1]), table_bytes=32 << 20)
 print("started", flush=True)
 time.sleep(600)
 """

@@ -55,7 +55,7 @@ def killed_during_fsync(tmp_path: Path, patch: pytest.MonkeyPatch, **defines: st
     args = ("--appendonly", "yes", "--appendfsync", "everysec")
     with offloaded_server(args, defines=defines, dir=tmp_path) as sut:
         patch.delenv("LD_PRELOAD")
-        # The waiting is done on a connection of its own: one that sends nothing but other commands for long is parked.
+        # Another connection waits: one that has sent nothing but other commands for long is parked.
         with sut.connect() as conn, sut.connect() as waiting:
             sut.warm(conn)
             sut.must_serve(conn, ("SET", "B", "0"))

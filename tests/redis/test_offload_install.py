@@ -20,7 +20,7 @@ import pytest
 
 from kflex_repro import build
 from kflex_repro.errors import KflexError
-from kflex_repro.offload import install, systemd
+from kflex_repro.offload import attach, install, systemd
 from kflex_repro.offload import session as offload
 from kflex_repro.redis.server import ManagedServer, free_port, redis_binary
 from tests.conftest import unavailable
@@ -101,7 +101,7 @@ def test_install_start_serve_revert(config: Path) -> None:
     with running(config) as port:
         shown = cli("offload", "install", "--port", str(port), "--prefix", f"{config.parent}/lib", "--json")
         assert json.loads(shown.stdout)["unchanged"] is True, shown
-        with offload.start(port, table_bytes=TABLE) as session, Conn(port) as conn:
+        with attach.start(port, table_bytes=TABLE) as session, Conn(port) as conn:
             conn.do("SET", "k", "v")
             eventually(lambda: conn.do("GET", "k") == b"v" and session.stats()["served_get"] > 0)
     back = run(config, "--revert")
@@ -190,7 +190,7 @@ def test_served_under_debians_system_call_filter() -> None:
     """Whatever the module calls must be allowed: anything else kills the server."""
     # So many clients that Redis need not ask for more files.
     with Contained(["--maxclients", "500"], wrap=hardened(), module=build.ensure().module) as server:
-        with offload.start(server.port, table_bytes=TABLE) as session, Conn(server.port) as conn:
+        with attach.start(server.port, table_bytes=TABLE) as session, Conn(server.port) as conn:
             conn.do("SET", "k", "v")
 
             def served() -> bool:
@@ -255,7 +255,7 @@ def test_a_service_recovers_after_a_crash(drop_in: bool) -> None:
             dir=home,
         )
         with server:
-            session = offload.start(server.port, table_bytes=TABLE)
+            session = attach.start(server.port, table_bytes=TABLE)
             value = eventually(lambda: accepted_by_the_kernel_alone(server), 20)
             server.kill()
             assert session.leftovers()
@@ -336,7 +336,7 @@ def test_a_toolkit_of_another_version(tmp_path: Path, change: tuple[str, str], s
         assert re.search(says, refused.stderr) and len(refused.stderr.strip().splitlines()) == 1, (
             refused.stderr
         )
-        with offload.start(server.port, table_bytes=TABLE) as session, Conn(server.port) as conn:
+        with attach.start(server.port, table_bytes=TABLE) as session, Conn(server.port) as conn:
             shown = cli("offload", "status", "--port", port, env=env)
             assert shown.returncode == 1 and "another version" in shown.stderr, shown
             again = cli("offload", "start", "--port", port, env=env)

@@ -19,7 +19,7 @@ import pytest
 from kflex_repro import build
 from kflex_repro.bench.netns import VethPair, inside
 from kflex_repro.errors import KflexError
-from kflex_repro.offload import netns
+from kflex_repro.offload import attach, netns
 from kflex_repro.offload import session as offload
 from kflex_repro.redis.server import ManagedServer, free_port
 from tests.conftest import unavailable
@@ -117,7 +117,7 @@ def must_pass(session: Any, conn: Conn, key: str, rounds: int = 40) -> None:
 def test_clients_in_the_servers_namespace_and_in_another(veth: VethPair, by: str) -> None:
     with contained(veth.server_ns) as server:
         where = netns.of(server.pid) if by == "pid" else netns.named(veth.server_ns)
-        with offload.start(server.port, table_bytes=TABLE, where=where) as session:
+        with attach.start(server.port, table_bytes=TABLE, where=where) as session:
             assert session.pid == server.pid
             places = [
                 (veth.server_ns, "127.0.0.1"),
@@ -141,8 +141,8 @@ def test_a_server_bound_to_some_addresses_only(veth: VethPair) -> None:
     with contained(veth.server_ns, bind=bind) as server:
         where = netns.named(veth.server_ns)
         with pytest.raises(KflexError, match="nothing listens"):
-            offload.start(server.port, table_bytes=TABLE, where=where)
-        with offload.start(server.port, V6_SERVER, table_bytes=TABLE, where=where) as session:
+            attach.start(server.port, table_bytes=TABLE, where=where)
+        with attach.start(server.port, V6_SERVER, table_bytes=TABLE, where=where) as session:
             for host in (veth.server_host, V6_SERVER):
                 with connect(veth.client_ns, host, server.port) as conn:
                     must_serve(session, conn, host)
@@ -152,16 +152,16 @@ def test_an_address_that_comes_later(veth: VethPair) -> None:
     """It is served after a second start; the first has not heard of it."""
     with contained(veth.server_ns) as server:
         where = netns.of(server.pid)
-        with offload.start(server.port, table_bytes=TABLE, where=where) as session:
+        with attach.start(server.port, table_bytes=TABLE, where=where) as session:
             ip(veth.server_ns, "address", "add", "10.121.7.1/24", "dev", "kfb-s")
             ip(veth.client_ns, "address", "add", "10.121.7.2/24", "dev", "kfb-c")
             with connect(veth.client_ns, "10.121.7.1", server.port) as conn:
                 must_pass(session, conn, "k")
-            offload.start(server.port, where=where).close()
+            attach.start(server.port, where=where).close()
             with connect(veth.client_ns, "10.121.7.1", server.port) as conn:
                 must_serve(session, conn, "k")
             ip(veth.server_ns, "address", "delete", "10.121.7.1/24", "dev", "kfb-s")
-            offload.start(server.port, where=where).close()
+            attach.start(server.port, where=where).close()
             assert "::ffff:10.121.7.1" not in {str(each) for each in netns.addresses(server.pid)}
 
 
@@ -229,13 +229,13 @@ def test_a_container_that_is_killed_and_started_again(veth: VethPair) -> None:
     """Another process, the same port and namespace: the old session goes, nothing of it is served."""
     with contained(veth.server_ns) as server:
         where = netns.named(veth.server_ns)
-        first = offload.start(server.port, table_bytes=TABLE, where=where)
+        first = attach.start(server.port, table_bytes=TABLE, where=where)
         with connect(veth.client_ns, veth.server_host, server.port) as conn:
             must_serve(first, conn, "k")
             server.kill()
             eventually(lambda: first.disabled == "server_gone")
         server.start()
-        with offload.start(server.port, table_bytes=TABLE, where=where) as second:
+        with attach.start(server.port, table_bytes=TABLE, where=where) as second:
             assert not first.pin_dir.exists()
             first.close()
             with connect(veth.client_ns, veth.server_host, server.port) as conn:
@@ -250,7 +250,7 @@ def test_a_server_in_a_chroot(tmp_path: Path) -> None:
     script = f'mount --rbind / {root} && exec chroot {root} "$@"'
     with contained(None, wrap=["unshare", "--mount", "sh", "-c", script, "sh"]) as server:
         assert Path(f"/proc/{server.pid}/root").readlink() == root
-        with offload.start(server.port, table_bytes=TABLE) as session, Conn(server.port) as conn:
+        with attach.start(server.port, table_bytes=TABLE) as session, Conn(server.port) as conn:
             must_serve(session, conn, "k")
 
 
@@ -273,7 +273,7 @@ def test_a_server_in_a_user_namespace() -> None:
     ):
         where = netns.of(server.pid)
         assert netns.user_of(server.pid) == 65534
-        with offload.start(server.port, table_bytes=TABLE, where=where) as session:
+        with attach.start(server.port, table_bytes=TABLE, where=where) as session:
             made: list[Conn] = []
             netns.call(where, lambda: made.append(Conn(server.port)))
             with made[0] as conn:
@@ -288,7 +288,7 @@ def test_connections_to_other_servers_are_not_touched(veth: VethPair) -> None:
     with (
         contained(veth.server_ns) as server,
         contained(veth.client_ns, port=server.port) as foreign,
-        offload.start(server.port, table_bytes=TABLE, where=netns.of(server.pid)) as session,
+        attach.start(server.port, table_bytes=TABLE, where=netns.of(server.pid)) as session,
     ):
         assert foreign.port == server.port
         others = [
@@ -331,7 +331,7 @@ def test_clients_behind_address_translation(veth: VethPair, rule: str, host: str
     ip(veth.client_ns, "route", "add", "default", "via", veth.server_host)
     with (
         contained(veth.server_ns) as server,
-        offload.start(server.port, table_bytes=TABLE, where=netns.of(server.pid)) as session,
+        attach.start(server.port, table_bytes=TABLE, where=netns.of(server.pid)) as session,
     ):
         text = rule.format(server=veth.server_host, client=veth.client_host, port=server.port)
         nft(veth.client_ns, f"type nat {text}")
@@ -351,7 +351,7 @@ def test_a_server_address_that_is_another_server(veth: VethPair) -> None:
     with (
         contained(veth.server_ns) as server,
         contained(veth.client_ns, port=server.port) as foreign,
-        offload.start(server.port, table_bytes=TABLE, where=netns.of(server.pid)) as session,
+        attach.start(server.port, table_bytes=TABLE, where=netns.of(server.pid)) as session,
     ):
         with connect(veth.server_ns, "127.0.0.1", server.port) as conn:
             must_serve(session, conn, "k")
@@ -411,7 +411,7 @@ def test_clients_of_a_relay(veth: VethPair) -> None:
     """As a container engine's proxy: its own connection is served, its clients' are not touched."""
     with (
         contained(veth.server_ns) as server,
-        offload.start(server.port, table_bytes=TABLE, where=netns.of(server.pid)) as session,
+        attach.start(server.port, table_bytes=TABLE, where=netns.of(server.pid)) as session,
         relay(veth.client_ns, ("127.0.0.1", server.port), (veth.server_host, server.port)),
         connect(veth.client_ns, "127.0.0.1", server.port) as conn,
     ):
@@ -423,7 +423,7 @@ def test_a_connection_that_the_server_has_left(veth: VethPair) -> None:
     """Its FIN is lost between the namespaces: the client is not answered in the server's name."""
     with (
         contained(veth.server_ns) as server,
-        offload.start(server.port, table_bytes=TABLE, where=netns.of(server.pid)) as session,
+        attach.start(server.port, table_bytes=TABLE, where=netns.of(server.pid)) as session,
     ):
         conn = connect(veth.client_ns, veth.server_host, server.port, timeout=0.5)
         must_serve(session, conn, "k")
@@ -446,9 +446,9 @@ def test_two_servers_on_one_port_in_two_namespaces(veth: VethPair) -> None:
     with (
         contained(veth.server_ns) as one,
         contained(veth.client_ns, port=one.port) as two,
-        offload.start(one.port, table_bytes=TABLE, where=netns.of(one.pid)) as first,
+        attach.start(one.port, table_bytes=TABLE, where=netns.of(one.pid)) as first,
     ):
-        with offload.start(two.port, table_bytes=TABLE, where=netns.of(two.pid)) as second:
+        with attach.start(two.port, table_bytes=TABLE, where=netns.of(two.pid)) as second:
             assert first.server_id != second.server_id
             assert (first.pid, second.pid) == (one.pid, two.pid)
             with connect(veth.server_ns, "127.0.0.1", one.port) as a:
@@ -475,9 +475,9 @@ def test_two_servers_on_one_port_in_two_namespaces(veth: VethPair) -> None:
 def test_two_servers_on_two_ports_one_with_the_module() -> None:
     with ManagedServer(module=build.ensure().module) as loaded, ManagedServer() as bare:
         with pytest.raises(KflexError, match=r"has not loaded kflex\.so"):
-            offload.start(bare.port, table_bytes=TABLE)
+            attach.start(bare.port, table_bytes=TABLE)
         with (
-            offload.start(loaded.port, table_bytes=TABLE) as session,
+            attach.start(loaded.port, table_bytes=TABLE) as session,
             Conn(loaded.port) as conn,
             Conn(bare.port) as other,
         ):
@@ -491,8 +491,8 @@ def test_two_loaded_servers_on_two_ports() -> None:
     """Each has its own table; stopping one leaves the other."""
     module = build.ensure().module
     with ManagedServer(module=module) as one, ManagedServer(module=module) as two:
-        with offload.start(one.port, table_bytes=TABLE) as first:
-            with offload.start(two.port, table_bytes=TABLE) as second, Conn(two.port) as conn:
+        with attach.start(one.port, table_bytes=TABLE) as first:
+            with attach.start(two.port, table_bytes=TABLE) as second, Conn(two.port) as conn:
                 must_serve(second, conn, "k")
                 assert conn.do("SET", "k", "two") == b"OK"
             with Conn(one.port) as conn:
@@ -542,10 +542,10 @@ def test_a_port_of_this_host_is_no_port_of_a_container(veth: VethPair) -> None:
     with (
         ManagedServer(module=build.ensure().module, port=port) as ours,
         contained(veth.server_ns, port=port) as theirs,
-        offload.start(port, table_bytes=TABLE) as session,
+        attach.start(port, table_bytes=TABLE) as session,
     ):
         assert session.pid == ours.pid
-        with offload.start(port, table_bytes=TABLE, where=netns.of(theirs.pid)) as other:
+        with attach.start(port, table_bytes=TABLE, where=netns.of(theirs.pid)) as other:
             assert other.pid == theirs.pid
             with Conn(port) as here, connect(veth.client_ns, veth.server_host, port) as there:
                 must_serve(session, here, "k")

@@ -704,12 +704,12 @@ def test_connections_made_before_the_start_pass_unless_they_are_adopted(sut: Sut
     if not sut.offloaded:
         pytest.skip("there is no start on a plain server")
     from kflex_repro import build
-    from kflex_repro.offload import session as offload
+    from kflex_repro.offload import attach
     from kflex_repro.redis.server import ManagedServer
 
     with ManagedServer(module=build.ensure().module) as server, Conn(server.port) as early:
         early.do("SET", "k", "early")
-        with offload.start(server.port, table_bytes=64 << 20, take_over=False) as session:
+        with attach.start(server.port, table_bytes=64 << 20, take_over=False) as session:
             assert session.adoption is None
             for _ in range(20):
                 assert early.do("GET", "k") == b"early"

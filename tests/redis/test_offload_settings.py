@@ -590,6 +590,7 @@ def belongings(pid: int) -> dict[str, Any]:
 @pytest.mark.parametrize(("aof", "rounds"), [("no", 20), ("yes", 8)])
 def test_unloading_under_load(aof: str, rounds: int) -> None:
     """Loaded, started, unloaded while clients write, again and again: nothing acknowledged is lost."""
+    from kflex_repro.offload import attach
     from kflex_repro.offload import session as offload
 
     need_offload()
@@ -605,7 +606,7 @@ def test_unloading_under_load(aof: str, rounds: int) -> None:
             writers.go_on(100)
             for _ in range(rounds):
                 assert control.do("MODULE", "LOAD", str(module())) == b"OK"
-                session = offload.start(server.port, table_bytes=16 * MIB)
+                session = attach.start(server.port, table_bytes=16 * MIB)
                 stats = session.stats()
                 eventually(
                     lambda session=session: (
@@ -640,7 +641,7 @@ def test_unloading_under_load(aof: str, rounds: int) -> None:
 
 def test_nothing_of_the_module_stays() -> None:
     """Threads, descriptors and mappings are those of before; commands that it listened to work."""
-    from kflex_repro.offload import session as offload
+    from kflex_repro.offload import attach
 
     need_offload()
     args = ["--enable-module-command", "yes", "--enable-debug-command", "yes"]
@@ -650,7 +651,7 @@ def test_nothing_of_the_module_stays() -> None:
         for round_ in range(6):
             assert control.do("MODULE", "LOAD", str(module())) == b"OK"
             if round_ % 2:
-                session = offload.start(server.port, table_bytes=16 * MIB)
+                session = attach.start(server.port, table_bytes=16 * MIB)
                 with Conn(server.port) as conn:
                     conn.do("PING")
                     for number in range(50):

@@ -22,7 +22,7 @@ import redis
 import redis.asyncio
 
 from kflex_repro import build
-from kflex_repro.offload import session as offload
+from kflex_repro.offload import attach
 from kflex_repro.offload.target import Login, probe
 from kflex_repro.redis.resp import ErrorReply, Map, Reply, encode_command, encode_pipeline, strictly_equal
 from kflex_repro.redis.server import ManagedServer
@@ -556,7 +556,7 @@ def test_rights_are_taken_by_what_was_queued_before_the_start() -> None:
     built = build.ensure()
     with ManagedServer(module=built.module) as server, Conn(server.port) as admin:
         assert admin.pipeline(("MULTI",), ("ACL", "SETUSER", "default", "-get")) == [b"OK", b"QUEUED"]
-        with offload.start(server.port, table_bytes=64 << 20, built=built) as session:
+        with attach.start(server.port, table_bytes=64 << 20, built=built) as session:
             sut = Sut(server, session)
             conn = sut.connect()
             sut.must_serve(conn, ("SET", "k", "v"))

@@ -22,6 +22,7 @@ from redis.retry import Retry
 
 from kflex_repro import build
 from kflex_repro.errors import KflexError
+from kflex_repro.offload import attach
 from kflex_repro.offload import session as offload
 
 TABLE_BYTES = 8 << 20
@@ -107,7 +108,7 @@ class Attacher:
             state = self._wait(port, pid)
             if state == "ready" and self._built is not None:
                 try:
-                    self._sessions[port] = offload.start(port, table_bytes=TABLE_BYTES, built=self._built)
+                    self._sessions[port] = attach.start(port, table_bytes=TABLE_BYTES, built=self._built)
                     self.count.attached += 1
                 except KflexError as error:
                     state = error.what
