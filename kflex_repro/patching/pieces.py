@@ -125,7 +125,10 @@ def lost(file: File, now: bytes | None) -> list[tuple[str, int]]:
         return [(name, 1) for name in sorted(file.owners)]
     if file.created_by:
         # All of it is ours, and it goes as a whole.
-        same = next((i for i, (a, b) in enumerate(zip(file.content, now, strict=False)) if a != b), len(now))
+        same = next(
+            (i for i, (a, b) in enumerate(zip(file.content, now, strict=False)) if a != b),
+            min(len(now), len(file.content)),
+        )
         return [(file.created_by, line_of(now, same))]
     places = _places(file, now)
     return [(hunk.by, line) for (_, hunk), (at, line) in zip(file.hunks(), places, strict=True) if at is None]
