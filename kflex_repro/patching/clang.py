@@ -1,0 +1,217 @@
+"""libclang as anchors need it: parse what no compiler here could (headers are missing), count in bytes.
+
+Positions are byte offsets into the file's own bytes, so CRLF and bytes that are no UTF-8 survive. Nothing is
+compiled: an unknown type or header is no reason to stop.
+"""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kflex_repro.errors import KflexError
+
+# Of clang-c/Index.h; the Python binding has no name for the second: go on after a header that is not there.
+_DETAILED_PREPROCESSING_RECORD = 0x01
+_KEEP_GOING = 0x200
+_KINDS = {
+    "IDENTIFIER": "identifier",
+    "KEYWORD": "keyword",
+    "LITERAL": "literal",
+    "PUNCTUATION": "punctuation",
+    "COMMENT": "comment",
+}
+
+
+@dataclass(frozen=True)
+class Span:
+    """Bytes ``start`` to ``end`` (exclusive) of a file."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token: identifier, keyword, literal, punctuation or comment."""
+
+    kind: str
+    start: int
+    end: int
+    text: bytes
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """One expansion of a macro in source text; ``arguments`` without white space and comments around them.
+
+    Expansions inside other macros' expansions are not among them: they have no text of their own.
+    """
+
+    path: Path
+    start: int
+    end: int
+    arguments: tuple[Span, ...]
+
+
+@functools.cache
+def _library() -> Any:
+    try:
+        from clang import cindex
+
+        cindex.conf.lib  # noqa: B018  (loads the library)
+        return cindex
+    except ImportError:
+        raise KflexError("libclang is not installed", "", "pip install 'libclang>=16,<19'") from None
+    except Exception as error:
+        # cindex.LibclangError is only there once the import went well.
+        raise KflexError(f"libclang cannot be loaded: {error}", "", "pip install --force-reinstall libclang") from None
+
+
+@functools.cache
+def builtin_headers() -> tuple[str, ...]:
+    """Flags for the compiler's own headers, which libclang from PyPI lacks; none where there is no clang."""
+    from kflex_repro.build import toolchain
+
+    tool = toolchain.find_clang()
+    if tool is None:
+        return ()
+    try:
+        out = subprocess.run(
+            [tool.path, "-print-resource-dir"], check=True, capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ()
+    return ("-resource-dir", out.stdout.strip())
+
+
+class Unit:
+    """A parsed file. Keep it while cursors of it are in use."""
+
+    def __init__(self, path: Path, data: bytes, unit: Any) -> None:
+        self.path = path
+        self.data = data
+        self._unit = unit
+        self._sources: dict[Path, bytes] = {path: data}
+
+    def cursors(self) -> Iterator[Any]:
+        """The top-level cursors, those of included files too."""
+        yield from self._unit.cursor.get_children()
+
+    def walk(self) -> Iterator[Any]:
+        """Every cursor of the file itself, depth first."""
+        for cursor in self.cursors():
+            if self.of(cursor) == self.path:
+                yield from cursor.walk_preorder()
+
+    @staticmethod
+    def of(cursor: Any) -> Path | None:
+        """The file a cursor is in; None for what the compiler brings itself."""
+        where = cursor.location.file
+        return Path(where.name) if where is not None else None
+
+    def source(self, path: Path) -> bytes:
+        """The bytes of the file or of one it includes, as parsed."""
+        if path not in self._sources:
+            self._sources[path] = path.read_bytes()
+        return self._sources[path]
+
+    def tokens(self, start: int = 0, end: int | None = None, path: Path | None = None) -> list[Token]:
+        """The tokens between two offsets (all), those in code that is not compiled too."""
+        ci = _library()
+        path = path or self.path
+        data = self.source(path)
+        end = len(data) if end is None else end
+        file = ci.File.from_name(self._unit, str(path))
+        extent = ci.SourceRange.from_locations(
+            ci.SourceLocation.from_offset(self._unit, file, start),
+            ci.SourceLocation.from_offset(self._unit, file, end),
+        )
+        found = []
+        for token in self._unit.get_tokens(extent=extent):
+            first, last = token.extent.start.offset, token.extent.end.offset
+            # libclang's range ends with the token that begins at its end.
+            if start <= first and last <= end:
+                found.append(Token(_KINDS[token.kind.name], first, last, data[first:last]))
+        return found
+
+    def definitions(self) -> dict[str, tuple[Path, Span]]:
+        """Macros that source text defines (the last definition of each): where the name and body are."""
+        ci = _library()
+        found = {}
+        for cursor in self.cursors():
+            if cursor.kind == ci.CursorKind.MACRO_DEFINITION and (path := self.of(cursor)):
+                extent = cursor.extent
+                found[cursor.spelling] = (path, Span(extent.start.offset, extent.end.offset))
+        return found
+
+    def expansions(self, names: Sequence[str]) -> list[Expansion]:
+        """Expansions of macros of these names, in the order of the text; in included files too."""
+        ci = _library()
+        found = []
+        for cursor in self.cursors():
+            if cursor.kind != ci.CursorKind.MACRO_INSTANTIATION or cursor.spelling not in names:
+                continue
+            path = self.of(cursor)
+            if path is not None:
+                start, end = cursor.extent.start.offset, cursor.extent.end.offset
+                found.append(Expansion(path, start, end, arguments(self.tokens(start, end, path))))
+        return found
+
+
+def arguments(tokens: Sequence[Token]) -> tuple[Span, ...]:
+    """The arguments of the first call or macro use among the tokens: name, parenthesis, arguments, parenthesis.
+
+    An empty argument is an empty span behind its comma or parenthesis.
+    """
+    found: list[Span] = []
+    depth, first, last = 0, -1, -1
+    for token in tokens:
+        if token.kind == "comment":
+            continue
+        if token.kind == "punctuation" and token.text in (b")", b"]", b"}"):
+            depth -= 1
+        if depth == 1 and token.text == b"," or (depth == 0 and token.text == b")"):
+            found.append(Span(first, last))
+            if depth == 0:
+                break
+            first = last = token.end
+        elif depth >= 1:
+            if first == last:
+                first = token.start
+            last = token.end
+        if token.kind == "punctuation" and token.text in (b"(", b"[", b"{"):
+            if depth == 0:
+                first = last = token.end
+            depth += 1
+    return tuple(found)
+
+
+def parse(
+    path: Path,
+    data: bytes | None = None,
+    flags: Sequence[str] = (),
+    overlay: Mapping[Path, bytes] | None = None,
+) -> Unit:
+    """Parse ``path`` (its bytes are ``data`` if given) with a compiler's flags, ``-I`` first of all.
+
+    ``overlay`` replaces or makes up other files. KflexError only where libclang gives nothing at all.
+    """
+    ci = _library()
+    if data is None:
+        data = path.read_bytes()
+    unsaved = [(str(name), content) for name, content in {**(overlay or {}), path: data}.items()]
+    try:
+        unit = ci.TranslationUnit.from_source(
+            str(path),
+            ["-ferror-limit=0", *builtin_headers(), *flags],
+            unsaved,
+            options=_DETAILED_PREPROCESSING_RECORD | _KEEP_GOING,
+        )
+    except ci.TranslationUnitLoadError:
+        raise KflexError("libclang cannot parse the file", str(path)) from None
+    return Unit(path, data, unit)
