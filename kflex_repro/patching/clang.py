@@ -162,6 +162,24 @@ class Unit:
                 found.append(Expansion(path, start, end, arguments(self.tokens(start, end, path))))
         return found
 
+    def array_bounds(self, prefix: str, member: str) -> dict[str, int]:
+        """Of the typedefs whose names begin so, to structs: the bound of the array that ``member`` points to.
+
+        That is how a map's definition says a number; a bound that is no constant is left out.
+        """
+        ci = _library()
+        found = {}
+        for cursor in self.cursors():
+            if cursor.kind != ci.CursorKind.TYPEDEF_DECL or not cursor.spelling.startswith(prefix):
+                continue
+            record = cursor.underlying_typedef_type.get_canonical().get_declaration()
+            for field in record.get_children():
+                if field.kind == ci.CursorKind.FIELD_DECL and field.spelling == member:
+                    array = field.type.get_canonical().get_pointee()
+                    if array.kind == ci.TypeKind.CONSTANTARRAY:
+                        found[cursor.spelling] = array.element_count
+        return found
+
 
 def arguments(tokens: Sequence[Token]) -> tuple[Span, ...]:
     """The arguments of the first call or macro use among the tokens: name, parenthesis, arguments, parenthesis.
