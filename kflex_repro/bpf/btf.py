@@ -91,7 +91,7 @@ def _elf_section(data: bytes, path: Path) -> bytes:
         section = ELFFile(io.BytesIO(data)).get_section_by_name(".BTF")
         if section is not None:
             return bytes(section.data())
-    except (ELFError, ValueError, struct.error) as error:
+    except (ELFError, ArithmeticError, LookupError, MemoryError, TypeError, ValueError, struct.error) as error:
         raise KflexError(f"damaged ELF file: {error}", str(path), "run `kflex-repro build --force`") from None
     raise KflexError("the object has no BTF", str(path), "compile it with -g")
 
@@ -154,6 +154,27 @@ class Btf:
             base = self._types[self._strip(variable.size_or_type)]
             signed = (base.kind == _INT and bool(base.members[0] & 1)) or (base.kind == _ENUM and base.flag)
             found[variable.name] = Variable(offset, size, signed, variable.size_or_type)
+        return found
+
+    def maps(self) -> dict[str, dict[str, int]]:
+        """The maps that an object defines: by name, the numbers its definition gives (type, max_entries, …)."""
+        section = self._by_name.get((".maps", _DATASEC))
+        try:
+            members = self._types[section].members if section is not None else ()
+            variables = [self._types[number] for number, _, _ in members]
+            return {variable.name: self._numbers(variable.size_or_type) for variable in variables}
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise KflexError(f"damaged BTF: {error}", self.where, "compile the object again") from None
+
+    def _numbers(self, number: int) -> dict[str, int]:
+        """The members of a map definition that are pointers to arrays: a number is said as an array's bound."""
+        found = {}
+        for name, member, _, _ in self._types[self._strip(number)].members:
+            pointer = self._types[self._strip(member)]
+            if pointer.kind == _PTR:
+                array = self._types[self._strip(pointer.size_or_type)]
+                if array.kind == _ARRAY:
+                    found[name] = array.members[1]
         return found
 
     # --- types to classes ----------------------------------------------------------------------------------

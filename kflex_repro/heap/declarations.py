@@ -272,12 +272,15 @@ def _left_alone(
     taken = {use.start for use, _ in uses if use.path == unit.path}
     defined = [span for where, span in unit.definitions().values() if where == unit.path]
     found = []
-    for token in unit.tokens():
+    tokens = unit.tokens()
+    for token, following in zip(tokens, [*tokens[1:], None], strict=True):
         if token.kind == "comment" and (at := token.text.find(macro + b"(")) >= 0:
             found.append(Mention(path, line_of(unit.data, token.start + at), "in a comment"))
         elif (
             token.text == macro
             and token.kind == "identifier"
+            and following is not None
+            and following.text == b"("
             and token.start not in taken
             and not any(span.start <= token.start < span.end for span in defined)
         ):

@@ -149,6 +149,33 @@ class Unit:
                 found[cursor.spelling] = (path, Span(extent.start.offset, extent.end.offset))
         return found
 
+    def initializers(self, name: str) -> list[tuple[int, Span]]:
+        """Where the file initializes a variable, or defines a macro, of this name: (its start, the value)."""
+        ci = _library()
+        found = []
+        for cursor in self.walk():
+            if cursor.spelling != name:
+                continue
+            start, end = cursor.extent.start.offset, cursor.extent.end.offset
+            tokens = [token for token in self.tokens(start, end) if token.kind != "comment"]
+            if cursor.kind == ci.CursorKind.MACRO_DEFINITION:
+                # libclang's range begins at the name; what gets a probe in front is the directive.
+                start, value = self.data.rfind(b"#", 0, start), tokens[1:]
+            elif cursor.kind == ci.CursorKind.VAR_DECL:
+                at = next((i for i, token in enumerate(tokens) if token.text == name.encode()), len(tokens))
+                value = tokens[at + 1 :]
+                if value and value[0].text == b"=":
+                    value = value[1:]
+                elif value and value[0].text in (b"{", b"("):
+                    value = value[1:-1]
+                else:
+                    continue
+            else:
+                continue
+            if value:
+                found.append((start, Span(value[0].start, value[-1].end)))
+        return found
+
     def expansions(self, names: Sequence[str]) -> list[Expansion]:
         """Expansions of macros of these names, in the order of the text; in included files too."""
         ci = _library()

@@ -1,0 +1,273 @@
+"""Heaps and capacities of a KFlex tree, fitted to a size: what to write where, or why it cannot work.
+
+Always planned from the tree as it was before an earlier fit, so that the way there does not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kflex_repro.errors import KflexError
+from kflex_repro.heap import capacities, declarations, model, search
+from kflex_repro.heap.capacities import Capacity, CapacityShape
+from kflex_repro.heap.declarations import Declaration, Mention, Shape
+from kflex_repro.patching.tree import Edit, Tree
+
+RECIPE = "heap-size"
+_SEARCH_RECIPE = "address-search"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a tree's heaps look like: their declarations, and which capacity fills which."""
+
+    heaps: Shape = Shape()
+    capacities: tuple[CapacityShape, ...] = ()
+
+
+@dataclass(frozen=True)
+class Change:
+    """One number of the tree: ``was`` and ``now`` as source text, ``before`` and ``after`` as numbers.
+
+    ``kind`` is heap (GB) or capacity (objects). ``before`` is None where the old text is no constant.
+    """
+
+    kind: str
+    name: str
+    path: str
+    line: int
+    start: int
+    end: int
+    was: str
+    now: str
+    before: int | None
+    after: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is written."""
+        return self.was != self.now
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What fitting a tree to ``gb`` means; nothing is written yet."""
+
+    gb: int
+    changes: tuple[Change, ...]
+    objects: Mapping[str, tuple[str, ...]]
+    left_alone: tuple[Mention, ...]
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def edits(self) -> list[Edit]:
+        """The bytes to replace."""
+        return [
+            Edit(change.path, change.start, change.end, change.now.encode())
+            for change in self.changes
+            if change.changes
+        ]
+
+
+def heaps_of(found: Sequence[Declaration], gb: int) -> dict[str, list[model.Heap]]:
+    """The heaps by the compiled file they are in. Those of one file exist together, others never do.
+
+    The user-space program runs one mode, the benchmark one fixture at a time: each loads one object.
+    """
+    together: dict[str, list[model.Heap]] = {}
+    for item in found:
+        for target in item.objects:
+            together.setdefault(target, []).extend(
+                model.Heap(name=_label(target, name), gb=gb, file=item.path, line=item.line)
+                for name in item.names or ("heap",)
+            )
+    return together
+
+
+def _label(target: str, name: str) -> str:
+    return f"{Path(target).name.partition('.')[0]}.{name}"
+
+
+def problems(
+    found: Sequence[Declaration], filled: Sequence[tuple[CapacityShape, int]], gb: int, machine: model.Machine
+) -> list[model.Problem]:
+    """All that keeps heaps of ``gb`` with these capacities from working on a machine."""
+    result = []
+    for heaps in heaps_of(found, gb).values():
+        result += model.check(heaps, machine, {})
+    for shape, objects in filled:
+        allocator = shape.allocator(objects, machine.cpus)
+        need = model.need(objects, allocator)
+        if need.bytes > gb * model.GIB:
+            most = model.largest_objects(gb, allocator)
+            result.append(
+                model.Problem(
+                    "capacity",
+                    f"{gb} GB do not hold the {objects:,} objects of {shape.name}: "
+                    f"they take {need.bytes / model.GIB:.1f} GB, {most:,} objects would fit",
+                    _label(shape.object, shape.map),
+                    model.smallest_gb(objects, allocator),
+                    most,
+                )
+            )
+    return result
+
+
+def plan(
+    root: Path,
+    layout: Layout,
+    gb: int,
+    machine: model.Machine,
+    *,
+    keep_capacities: bool = False,
+    changed: Mapping[str, bytes] | None = None,
+) -> Plan:
+    """Plan heaps of ``gb`` GB each. ``changed`` are files to read as if they were so (an earlier fit undone).
+
+    KflexError with the numbers, and the nearest size that works, where it cannot work.
+    """
+    found = declarations.find(root, layout.heaps, changed)
+    if not found.declarations:
+        raise KflexError(
+            f"no {layout.heaps.macro}() declaration in {', '.join(layout.heaps.files)}",
+            str(root),
+            "give a KFlex source tree with --source",
+        )
+    present = {target for item in found.declarations for target in item.objects}
+    constants = capacities.find(
+        root, [shape for shape in layout.capacities if shape.object in present], changed
+    )
+    changes = [_heap_change(item, gb) for item in found.declarations]
+    filled = []
+    for constant in constants:
+        change = _capacity_change(constant, gb, machine, keep_capacities)
+        changes.append(change)
+        filled.append((constant.shape, change.after))
+    refuse(problems(found.declarations, filled, gb, machine), "--gb")
+    made = Plan(
+        gb,
+        tuple(changes),
+        {item.where: item.objects for item in found.declarations},
+        found.mentions,
+        tuple(_warnings(gb, machine, present, constants, layout)),
+    )
+    _confirm(root, layout, made, changed)
+    return made
+
+
+def largest(root: Path, layout: Layout, machine: model.Machine, **options: object) -> Plan:
+    """The plan with the largest heaps that work on a machine."""
+    gb = model.auto_gb(machine)
+    refusal: KflexError | None = None
+    while gb >= 1:
+        try:
+            return plan(root, layout, gb, machine, **options)  # type: ignore[arg-type]
+        except Refused as error:
+            refusal = error
+            gb //= 2
+    raise refusal or KflexError(
+        f"no heap fits: {machine.ram_available / model.GIB:.1f} GB of RAM are available, a heap takes 1 GB at least",
+        "--auto",
+        "free some memory",
+    )
+
+
+class Refused(KflexError):
+    """A size that cannot work here."""
+
+
+def refuse(found: Sequence[model.Problem], where: str) -> None:
+    """Raise for the first problem, with the nearest size that works and how many more there are."""
+    if not found:
+        return
+    first = found[0]
+    same = {problem.heap for problem in found if problem.id == first.id}
+    what = first.what if len(same) < 2 else f"{first.what} (and {len(same) - 1} more like it)"
+    nearest = [problem.nearest_gb for problem in found if problem.nearest_gb is not None]
+    fix = f"the nearest size that works is --gb {max(nearest) if first.id == 'capacity' else min(nearest)}" if nearest else ""
+    raise Refused(what, first.heap or where, fix)
+
+
+def _heap_change(item: Declaration, gb: int) -> Change:
+    notes = []
+    if item.gb is None and item.value is not None:
+        notes.append(f"`{item.text}` is {item.value}, but the macro does not make {item.value} GB of it")
+    elif item.gb is None:
+        notes.append(f"`{item.text}` is no constant that can be read here")
+    if item.macros:
+        notes.append(f"written at the use: {', '.join(item.macros)} itself stays as it is")
+    # An expression that already is the size stays; only what the compiler makes of it counts.
+    now = item.text if item.gb == gb else str(gb)
+    return Change(
+        "heap", item.label, item.path, item.line, item.start, item.end, item.text, now, item.gb, gb,
+        tuple(notes) if now != item.text else (),
+    )
+
+
+def _capacity_change(constant: Capacity, gb: int, machine: model.Machine, keep: bool) -> Change:
+    value = constant.value
+    if value is None:
+        raise KflexError(
+            f"{constant.shape.name} is `{constant.text}`, no constant that can be read",
+            constant.where,
+            "write a number there, or give --keep-capacities and check it yourself",
+        )
+    allocator = constant.shape.allocator(value, machine.cpus)
+    most = model.largest_objects(gb, allocator)
+    after = value if keep or value <= most else capacities.readable(most)
+    now = constant.text if after == value else capacities.written(after, constant.text)
+    return Change(
+        "capacity", constant.shape.name, constant.shape.path, constant.line, constant.start, constant.end,
+        constant.text, now, value, after,
+    )
+
+
+def _warnings(
+    gb: int,
+    machine: model.Machine,
+    present: set[str],
+    constants: Sequence[Capacity],
+    layout: Layout,
+) -> list[str]:
+    lines = []
+    known = {constant.shape.name for constant in constants}
+    for shape in layout.capacities:
+        if shape.object in present and shape.name not in known:
+            lines.append(f"{shape.path} is not there: {shape.name}, which fills {shape.object}, was not checked")
+    outcome = search.on_paper(search.artifact(gb * model.GIB), search.task_size(machine.va_bits))
+    if outcome.address is None:
+        lines.append(
+            f"the artifact's libbpf will not find an address for {gb} GB: its {outcome.tried} tries all lie above the "
+            f"{machine.va_bits} bits of user space; kflex-repro patch apply {_SEARCH_RECIPE} mends that"
+        )
+    return lines
+
+
+def _confirm(root: Path, layout: Layout, made: Plan, changed: Mapping[str, bytes] | None) -> None:
+    """Read the planned tree again: every heap must compile to the planned size."""
+    after = dict(changed or {})
+    for path in {edit.path for edit in made.edits}:
+        data = after[path] if path in after else (root / path).read_bytes()
+        after[path] = replaced(data, [edit for edit in made.edits if edit.path == path])
+    for item in declarations.find(root, layout.heaps, after).declarations:
+        if item.pages is not None and item.gb != made.gb:
+            raise KflexError(
+                f"{layout.heaps.macro}({item.text}, …) makes a heap of {item.pages:,} pages, "
+                f"not of {made.gb * model.PAGES_PER_GB:,}",
+                item.where,
+                f"the tree's {layout.heaps.macro} is not the one this is for",
+            )
+
+
+def replaced(data: bytes, edits: Sequence[Edit]) -> bytes:
+    """``data`` with edits made in it."""
+    for edit in sorted(edits, key=lambda edit: edit.start, reverse=True):
+        data = data[: edit.start] + edit.new + data[edit.end :]
+    return data
+
+
+def apply(tree: Tree, made: Plan, version: str) -> None:
+    raise NotImplementedError
