@@ -22,6 +22,7 @@ _LAZY = {
     "bench": ("kflex_repro.bench.cli:group", "Benchmark plain Redis against the offload, pair by pair."),
     "build": ("kflex_repro.build.cli:build", "Build the BPF objects and the Redis module."),
     "doctor": ("kflex_repro.host_cli:doctor", "What this machine can do, and what is missing."),
+    "fit-heap": ("kflex_repro.heap.fit_cli:fit_heap", "Fit a KFlex tree's heaps and capacities to a size."),
     "offload": ("kflex_repro.offload.cli:group", "Serve GET and SET of a redis-server in the kernel."),
 }
 

@@ -91,7 +91,15 @@ def _elf_section(data: bytes, path: Path) -> bytes:
         section = ELFFile(io.BytesIO(data)).get_section_by_name(".BTF")
         if section is not None:
             return bytes(section.data())
-    except (ELFError, ArithmeticError, LookupError, MemoryError, TypeError, ValueError, struct.error) as error:
+    except (
+        ELFError,
+        ArithmeticError,
+        LookupError,
+        MemoryError,
+        TypeError,
+        ValueError,
+        struct.error,
+    ) as error:
         raise KflexError(f"damaged ELF file: {error}", str(path), "run `kflex-repro build --force`") from None
     raise KflexError("the object has no BTF", str(path), "compile it with -g")
 
@@ -157,7 +165,7 @@ class Btf:
         return found
 
     def maps(self) -> dict[str, dict[str, int]]:
-        """The maps that an object defines: by name, the numbers its definition gives (type, max_entries, …)."""
+        """The maps that an object defines: by name, the numbers in its definition (type, max_entries)."""
         section = self._by_name.get((".maps", _DATASEC))
         try:
             members = self._types[section].members if section is not None else ()
@@ -167,7 +175,7 @@ class Btf:
             raise KflexError(f"damaged BTF: {error}", self.where, "compile the object again") from None
 
     def _numbers(self, number: int) -> dict[str, int]:
-        """The members of a map definition that are pointers to arrays: a number is said as an array's bound."""
+        """Members of a map's definition that point to an array: a number is said as a bound."""
         found = {}
         for name, member, _, _ in self._types[self._strip(number)].members:
             pointer = self._types[self._strip(member)]

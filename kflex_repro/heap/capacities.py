@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ _PROBE = "kflex_probe"
 
 @dataclass(frozen=True)
 class CapacityShape:
-    """A capacity: the constant ``name`` in ``path``, and the heap that it fills: ``map`` in object ``object``.
+    """A capacity: the constant ``name`` in ``path``, and the heap it fills: ``map`` of ``object``.
 
     ``classes`` are the size classes that are filled to it, in bytes; ``hash_entries`` the buckets beside
     (0: as many as objects).
@@ -39,7 +39,7 @@ class CapacityShape:
 
 @dataclass(frozen=True)
 class Capacity:
-    """A capacity found: bytes ``start`` to ``end`` of its file are the number; ``value`` is None if no constant."""
+    """A capacity found: bytes ``start`` to ``end`` are the number; ``value`` is None if no constant."""
 
     shape: CapacityShape
     line: int
@@ -54,60 +54,29 @@ class Capacity:
         return f"{self.shape.path}:{self.line}"
 
 
-def find(
-    root: Path, shapes: Sequence[CapacityShape], changed: Mapping[str, bytes] | None = None
-) -> list[Capacity]:
-    """The capacities of a tree, those whose file is there; ``changed`` are files to read as if they were so.
+def find(root: Path, shape: CapacityShape, changed: Mapping[str, bytes] | None = None) -> Capacity:
+    """A tree's capacity; ``changed`` are files to read as if they were so.
 
-    KflexError where a file is there but its constant is not, or is there twice.
+    KflexError where its file or the constant is not there, or the constant is there twice.
     """
-    found = []
-    for path in dict.fromkeys(shape.path for shape in shapes):
-        if (root / path).is_file():
-            data = (changed or {}).get(path)
-            if data is None:
-                data = (root / path).read_bytes()
-            found += _find_in(root / path, data, [shape for shape in shapes if shape.path == path])
-    return found
-
-
-def _find_in(path: Path, data: bytes, shapes: Sequence[CapacityShape]) -> list[Capacity]:
-    unit = clang.parse(path, data, _FLAGS)
-    places = []
-    for shape in shapes:
-        here = unit.initializers(shape.name)
-        if len(here) != 1:
-            lines = ", ".join(str(line_of(data, start)) for start, _ in here)
-            raise KflexError(
-                f"{shape.name} is initialized {len(here)} times, 1 was expected",
-                f"{shape.path}{':' if lines else ''}{lines}",
-                "see --keep-capacities, or set it by hand",
-            )
-        places.append((shape, *here[0]))
-    return [
-        Capacity(shape, line_of(data, span.start), span.start, span.end, text, value)
-        for (shape, _, span), (text, value) in zip(places, _values(path, data, places), strict=True)
-    ]
-
-
-def _values(
-    path: Path, data: bytes, places: Sequence[tuple[CapacityShape, int, clang.Span]]
-) -> list[tuple[str, int | None]]:
-    """(text, value) of each place, from a copy with a type in front of each whose bound is the value."""
-    pieces, at = [], 0
-    for number, (_, start, span) in sorted(enumerate(places), key=lambda item: item[1][1]):
-        pieces.append(data[at:start])
-        pieces.append(
-            b"\n; typedef struct { int (*bound)[(%s)]; } %s%d;\n"
-            % (data[span.start : span.end], _PROBE.encode(), number)
-        )
-        at = start
-    unit = clang.parse(path, b"".join([*pieces, data[at:]]), _FLAGS)
-    bounds = unit.array_bounds(_PROBE, "bound")
-    return [
-        (data[span.start : span.end].decode("latin-1"), bounds.get(f"{_PROBE}{number}"))
-        for number, (_, _, span) in enumerate(places)
-    ]
+    path = root / shape.path
+    data = (changed or {}).get(shape.path)
+    try:
+        data = path.read_bytes() if data is None else data
+    except OSError as error:
+        raise KflexError(f"cannot read: {error.strerror}", shape.path, "is this the right tree?") from None
+    places = clang.parse(path, data, _FLAGS).initializers(shape.name)
+    if len(places) != 1:
+        lines = "".join(f":{line_of(data, start)}" for start, _ in places)
+        what = f"{shape.name} is set {len(places)} times, 1 was expected"
+        raise KflexError(what, f"{shape.path}{lines}", "set it by hand, and give --keep-capacities")
+    start, span = places[0]
+    text = data[span.start : span.end]
+    # A type in front of it, whose bound is the value.
+    probe = b"\n; typedef struct { int (*bound)[(%s)]; } %s;\n" % (text, _PROBE.encode())
+    probed = clang.parse(path, data[:start] + probe + data[start:], _FLAGS)
+    value = probed.array_bounds(_PROBE, "bound").get(_PROBE)
+    return Capacity(shape, line_of(data, span.start), span.start, span.end, text.decode("latin-1"), value)
 
 
 def readable(objects: int) -> int:

@@ -43,9 +43,9 @@ class Shape:
 class Declaration:
     """One use of the heap macro. ``start`` and ``end`` are the bytes of its size argument in ``path``.
 
-    ``names`` are the maps it declares, ``pages`` their max_entries as compiled and ``value`` the argument alone
-    (None where it is no constant or not compilable), ``macros`` what the argument takes from other macros,
-    ``objects`` the compiled files that it is part of.
+    ``names`` are the maps it declares, ``pages`` their max_entries as compiled, ``value`` the argument alone
+    (both None where that is no constant), ``macros`` what the argument takes from other macros, ``objects``
+    the compiled files that it is part of.
     """
 
     path: str
@@ -116,9 +116,7 @@ def find(
             )
         for mention in one.mentions:
             mentions[mention.path, mention.line] = mention
-    return Found(
-        tuple(found[key] for key in sorted(found)), tuple(mentions[key] for key in sorted(mentions))
-    )
+    return Found(tuple(found[key] for key in sorted(found)), tuple(mentions[key] for key in sorted(mentions)))
 
 
 def find_in(root: Path, path: Path, shape: Shape, overlay: Mapping[Path, bytes] | None = None) -> Found:
@@ -153,7 +151,9 @@ def find_in(root: Path, path: Path, shape: Shape, overlay: Mapping[Path, bytes] 
     declarations = []
     for (use, span), (pages, value) in zip(uses, compiled, strict=True):
         source = unit.source(use.path)
-        words = [t.text.decode() for t in unit.tokens(span.start, span.end, use.path) if t.kind == "identifier"]
+        words = [
+            t.text.decode() for t in unit.tokens(span.start, span.end, use.path) if t.kind == "identifier"
+        ]
         declarations.append(
             Declaration(
                 path=_relative(root, use.path) or "",
@@ -216,7 +216,7 @@ def _compile(
     flags: Sequence[str],
     overlay: Mapping[Path, bytes],
 ) -> list[tuple[int | None, int | None]]:
-    """(pages, value of the argument) of each use, from a copy that has a type and a constant in front of each.
+    """(pages, value of the argument) of each use, from a copy with a type for each in front of each.
 
     In place, because macros may be redefined further down; behind a semicolon, because what stands before may
     not parse without its headers.

@@ -6,25 +6,18 @@ Always planned from the tree as it was before an earlier fit, so that the way th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from kflex_repro import __version__
 from kflex_repro.errors import KflexError
 from kflex_repro.heap import capacities, declarations, model, search
 from kflex_repro.heap.capacities import Capacity, CapacityShape
-from kflex_repro.heap.declarations import Declaration, Mention, Shape
+from kflex_repro.heap.declarations import Declaration, Mention
+from kflex_repro.heap.layout import RECIPE, Layout
 from kflex_repro.patching.tree import Edit, Tree
 
-RECIPE = "heap-size"
 _SEARCH_RECIPE = "address-search"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """What a tree's heaps look like: their declarations, and which capacity fills which."""
-
-    heaps: Shape = Shape()
-    capacities: tuple[CapacityShape, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,9 +51,8 @@ class Plan:
 
     gb: int
     changes: tuple[Change, ...]
-    objects: Mapping[str, tuple[str, ...]]
     left_alone: tuple[Mention, ...]
-    warnings: tuple[str, ...] = field(default=())
+    warnings: tuple[str, ...]
 
     @property
     def edits(self) -> list[Edit]:
@@ -137,39 +129,46 @@ def plan(
             "give a KFlex source tree with --source",
         )
     present = {target for item in found.declarations for target in item.objects}
-    constants = capacities.find(
-        root, [shape for shape in layout.capacities if shape.object in present], changed
-    )
     changes = [_heap_change(item, gb) for item in found.declarations]
-    filled = []
-    for constant in constants:
-        change = _capacity_change(constant, gb, machine, keep_capacities)
-        changes.append(change)
-        filled.append((constant.shape, change.after))
+    filled, warnings = [], []
+    for shape in layout.capacities:
+        if shape.object not in present:
+            continue
+        try:
+            constant = capacities.find(root, shape, changed)
+            change = _capacity_change(constant, gb, machine, keep_capacities)
+        except KflexError as error:
+            if not keep_capacities and (root / shape.path).is_file():
+                raise
+            warnings.append(f"the capacity of {shape.object} was not checked: {error.what} ({error.where})")
+        else:
+            changes.append(change)
+            filled.append((shape, change.after))
     refuse(problems(found.declarations, filled, gb, machine), "--gb")
-    made = Plan(
-        gb,
-        tuple(changes),
-        {item.where: item.objects for item in found.declarations},
-        found.mentions,
-        tuple(_warnings(gb, machine, present, constants, layout)),
-    )
+    made = Plan(gb, tuple(changes), found.mentions, tuple(warnings))
     _confirm(root, layout, made, changed)
     return made
 
 
-def largest(root: Path, layout: Layout, machine: model.Machine, **options: object) -> Plan:
+def largest(
+    root: Path,
+    layout: Layout,
+    machine: model.Machine,
+    *,
+    keep_capacities: bool = False,
+    changed: Mapping[str, bytes] | None = None,
+) -> Plan:
     """The plan with the largest heaps that work on a machine."""
     gb = model.auto_gb(machine)
     refusal: KflexError | None = None
     while gb >= 1:
         try:
-            return plan(root, layout, gb, machine, **options)  # type: ignore[arg-type]
+            return plan(root, layout, gb, machine, keep_capacities=keep_capacities, changed=changed)
         except Refused as error:
             refusal = error
             gb //= 2
     raise refusal or KflexError(
-        f"no heap fits: {machine.ram_available / model.GIB:.1f} GB of RAM are available, a heap takes 1 GB at least",
+        f"no heap fits: {machine.ram_available / model.GIB:.1f} GB of RAM are free, the smallest takes 1 GB",
         "--auto",
         "free some memory",
     )
@@ -187,7 +186,11 @@ def refuse(found: Sequence[model.Problem], where: str) -> None:
     same = {problem.heap for problem in found if problem.id == first.id}
     what = first.what if len(same) < 2 else f"{first.what} (and {len(same) - 1} more like it)"
     nearest = [problem.nearest_gb for problem in found if problem.nearest_gb is not None]
-    fix = f"the nearest size that works is --gb {max(nearest) if first.id == 'capacity' else min(nearest)}" if nearest else ""
+    fix = (
+        f"the nearest size that works is --gb {max(nearest) if first.id == 'capacity' else min(nearest)}"
+        if nearest
+        else ""
+    )
     raise Refused(what, first.heap or where, fix)
 
 
@@ -202,7 +205,16 @@ def _heap_change(item: Declaration, gb: int) -> Change:
     # An expression that already is the size stays; only what the compiler makes of it counts.
     now = item.text if item.gb == gb else str(gb)
     return Change(
-        "heap", item.label, item.path, item.line, item.start, item.end, item.text, now, item.gb, gb,
+        "heap",
+        item.label,
+        item.path,
+        item.line,
+        item.start,
+        item.end,
+        item.text,
+        now,
+        item.gb,
+        gb,
         tuple(notes) if now != item.text else (),
     )
 
@@ -220,30 +232,17 @@ def _capacity_change(constant: Capacity, gb: int, machine: model.Machine, keep: 
     after = value if keep or value <= most else capacities.readable(most)
     now = constant.text if after == value else capacities.written(after, constant.text)
     return Change(
-        "capacity", constant.shape.name, constant.shape.path, constant.line, constant.start, constant.end,
-        constant.text, now, value, after,
+        "capacity",
+        constant.shape.name,
+        constant.shape.path,
+        constant.line,
+        constant.start,
+        constant.end,
+        constant.text,
+        now,
+        value,
+        after,
     )
-
-
-def _warnings(
-    gb: int,
-    machine: model.Machine,
-    present: set[str],
-    constants: Sequence[Capacity],
-    layout: Layout,
-) -> list[str]:
-    lines = []
-    known = {constant.shape.name for constant in constants}
-    for shape in layout.capacities:
-        if shape.object in present and shape.name not in known:
-            lines.append(f"{shape.path} is not there: {shape.name}, which fills {shape.object}, was not checked")
-    outcome = search.on_paper(search.artifact(gb * model.GIB), search.task_size(machine.va_bits))
-    if outcome.address is None:
-        lines.append(
-            f"the artifact's libbpf will not find an address for {gb} GB: its {outcome.tried} tries all lie above the "
-            f"{machine.va_bits} bits of user space; kflex-repro patch apply {_SEARCH_RECIPE} mends that"
-        )
-    return lines
 
 
 def _confirm(root: Path, layout: Layout, made: Plan, changed: Mapping[str, bytes] | None) -> None:
@@ -269,5 +268,48 @@ def replaced(data: bytes, edits: Sequence[Edit]) -> bytes:
     return data
 
 
-def apply(tree: Tree, made: Plan, version: str) -> None:
-    raise NotImplementedError
+@dataclass(frozen=True)
+class Outcome:
+    """What is done to a tree: a unified diff, empty where nothing changes."""
+
+    plan: Plan
+    diff: str
+
+    @property
+    def files(self) -> int:
+        """How many files change."""
+        return sum(line.startswith("+++ ") for line in self.diff.splitlines())
+
+
+def before(tree: Tree) -> dict[str, bytes]:
+    """The files that an earlier fit changed, as they were before it."""
+    applied = tree.get(RECIPE)
+    return {path: tree.read(path, without=RECIPE) for path in applied.files} if applied else {}
+
+
+def warnings(tree: Tree, made: Plan, machine: model.Machine) -> list[str]:
+    """What to know before, or after, applying a plan."""
+    lines = list(made.warnings)
+    outcome = search.on_paper(search.artifact(made.gb * model.GIB), search.task_size(machine.va_bits))
+    if outcome.address is None and tree.get(_SEARCH_RECIPE) is None:
+        lines.append(
+            f"the artifact's libbpf finds no address for {made.gb} GB: its {outcome.tried} tries all lie above "
+            f"{machine.va_bits} bits of user space; `kflex-repro patch apply {_SEARCH_RECIPE}` mends that"
+        )
+    return lines
+
+
+def preview(tree: Tree, made: Plan) -> Outcome:
+    """The diff from the tree as it is to what is planned."""
+    return Outcome(made, tree.diff(made.edits, without=RECIPE))
+
+
+def apply(tree: Tree, made: Plan) -> Outcome:
+    """Make the tree what is planned, all files or none; originals are kept in the tree's state directory."""
+    outcome = preview(tree, made)
+    if outcome.diff and not made.edits:
+        tree.revert(RECIPE)
+    elif outcome.diff:
+        facts = {"gb": made.gb, **{change.name: change.after for change in made.changes}}
+        tree.apply(RECIPE, __version__, made.edits, facts)
+    return outcome

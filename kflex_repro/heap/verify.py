@@ -1,4 +1,4 @@
-"""Whether compiled BPF objects really have the heaps that their source says: from the BTF of their ``.maps``."""
+"""Whether compiled BPF objects have the heaps that their source says: from the BTF of their ``.maps``."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def _stem(path: str | Path) -> str:
 def inspect(
     path: Path, declared: Mapping[str, Mapping[str, int | None]] | None = None, gb: int | None = None
 ) -> list[CompiledHeap]:
-    """The heaps of one object. With ``declared`` (see ``expected``) those maps must be there; without, a heap is
-    what has a heap's key, value and flags. ``gb`` is the size all must have, before what is declared.
+    """The heaps of one object. With ``declared`` (see ``expected``) those maps must be there; without, a heap
+    is what has a heap's key, value and flags. ``gb`` is the size all must have, before what is declared.
 
     KflexError for what is no BPF object with BTF, or lacks a declared heap.
     """
@@ -96,11 +96,15 @@ def _looks_like_a_heap(numbers: Mapping[str, int]) -> bool:
 
 
 def verify(
-    objects: Sequence[Path], declared: Mapping[str, Mapping[str, int | None]] | None = None, gb: int | None = None
+    objects: Sequence[Path],
+    declared: Mapping[str, Mapping[str, int | None]] | None = None,
+    gb: int | None = None,
 ) -> list[CompiledHeap]:
     """The heaps of all objects, as they should be. KflexError for the first that is not."""
     heaps = [heap for path in objects for heap in inspect(path, declared, gb)]
     for heap in heaps:
         if heap.complaint:
-            raise KflexError(f"heap {heap.name}: {heap.complaint}", heap.path, "compile it from the fitted tree")
+            raise KflexError(
+                f"heap {heap.name}: {heap.complaint}", heap.path, "compile it from the fitted tree"
+            )
     return heaps

@@ -69,7 +69,9 @@ def _library() -> Any:
         raise KflexError("libclang is not installed", "", "pip install 'libclang>=16,<19'") from None
     except Exception as error:
         # cindex.LibclangError is only there once the import went well.
-        raise KflexError(f"libclang cannot be loaded: {error}", "", "pip install --force-reinstall libclang") from None
+        raise KflexError(
+            f"libclang cannot be loaded: {error}", "", "pip install --force-reinstall libclang"
+        ) from None
 
 
 @functools.cache
@@ -92,11 +94,11 @@ def builtin_headers() -> tuple[str, ...]:
 class Unit:
     """A parsed file. Keep it while cursors of it are in use."""
 
-    def __init__(self, path: Path, data: bytes, unit: Any) -> None:
+    def __init__(self, path: Path, sources: Mapping[Path, bytes], unit: Any) -> None:
         self.path = path
-        self.data = data
+        self.data = sources[path]
         self._unit = unit
-        self._sources: dict[Path, bytes] = {path: data}
+        self._sources = dict(sources)
 
     def cursors(self) -> Iterator[Any]:
         """The top-level cursors, those of included files too."""
@@ -209,7 +211,7 @@ class Unit:
 
 
 def arguments(tokens: Sequence[Token]) -> tuple[Span, ...]:
-    """The arguments of the first call or macro use among the tokens: name, parenthesis, arguments, parenthesis.
+    """The arguments of the first call, or use of a macro, among the tokens.
 
     An empty argument is an empty span behind its comma or parenthesis.
     """
@@ -220,7 +222,7 @@ def arguments(tokens: Sequence[Token]) -> tuple[Span, ...]:
             continue
         if token.kind == "punctuation" and token.text in (b")", b"]", b"}"):
             depth -= 1
-        if depth == 1 and token.text == b"," or (depth == 0 and token.text == b")"):
+        if (depth == 1 and token.text == b",") or (depth == 0 and token.text == b")"):
             found.append(Span(first, last))
             if depth == 0:
                 break
@@ -249,7 +251,8 @@ def parse(
     ci = _library()
     if data is None:
         data = path.read_bytes()
-    unsaved = [(str(name), content) for name, content in {**(overlay or {}), path: data}.items()]
+    sources = {**(overlay or {}), path: data}
+    unsaved = [(str(name), content) for name, content in sources.items()]
     try:
         unit = ci.TranslationUnit.from_source(
             str(path),
@@ -259,4 +262,4 @@ def parse(
         )
     except ci.TranslationUnitLoadError:
         raise KflexError("libclang cannot parse the file", str(path)) from None
-    return Unit(path, data, unit)
+    return Unit(path, sources, unit)
