@@ -146,7 +146,7 @@ def find_in(root: Path, path: Path, shape: Shape, overlay: Mapping[Path, bytes] 
         if index >= len(use.arguments) or use.arguments[index].start == use.arguments[index].end:
             raise KflexError(f"{name} is used without a size", where, "repair the declaration first")
         uses.append((use, use.arguments[index]))
-    compiled = _compile(unit, uses, flags, files)
+    compiled = _compile(unit, uses, shape, flags, files)
     defined = set(unit.definitions())
     declarations = []
     for (use, span), (pages, value) in zip(uses, compiled, strict=True):
@@ -213,6 +213,7 @@ def _passed_on(body: Sequence[clang.Token], at: int, index: int | None) -> int |
 def _compile(
     unit: clang.Unit,
     uses: Sequence[tuple[clang.Expansion, clang.Span]],
+    shape: Shape,
     flags: Sequence[str],
     overlay: Mapping[Path, bytes],
 ) -> list[tuple[int | None, int | None]]:
@@ -229,6 +230,9 @@ def _compile(
         source = unit.source(use.path)
         piece = pieces.setdefault(use.path, [])
         text, size = source[use.start : use.end], source[span.start : span.end]
+        if not text.startswith(shape.macro.encode()):
+            # A macro around it may declare more than a type.
+            text = b"%s(%s%s, 0)" % (shape.macro.encode(), b"0, " * shape.argument, size)
         probe = f"{_PROBE}{number}".encode()
         piece.append(source[at.get(use.path, 0) : use.start])
         piece.append(

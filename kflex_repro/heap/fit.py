@@ -6,7 +6,7 @@ Always planned from the tree as it was before an earlier fit, so that the way th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kflex_repro import __version__
@@ -73,7 +73,7 @@ def heaps_of(found: Sequence[Declaration], gb: int) -> dict[str, list[model.Heap
     for item in found:
         for target in item.objects:
             together.setdefault(target, []).extend(
-                model.Heap(name=_label(target, name), gb=gb, file=item.path, line=item.line)
+                model.Heap(name=_label(target, name), gb=gb, file=target, line=item.line)
                 for name in item.names or ("heap",)
             )
     return together
@@ -87,24 +87,16 @@ def problems(
     found: Sequence[Declaration], filled: Sequence[tuple[CapacityShape, int]], gb: int, machine: model.Machine
 ) -> list[model.Problem]:
     """All that keeps heaps of ``gb`` with these capacities from working on a machine."""
-    result = []
-    for heaps in heaps_of(found, gb).values():
-        result += model.check(heaps, machine, {})
+    together = heaps_of(found, gb)
+    result = [problem for heaps in together.values() for problem in model.check(heaps, machine, {})]
     for shape, objects in filled:
+        heap = model.Heap(_label(shape.object, shape.map), gb, shape.object)
         allocator = shape.allocator(objects, machine.cpus)
-        need = model.need(objects, allocator)
-        if need.bytes > gb * model.GIB:
-            most = model.largest_objects(gb, allocator)
-            result.append(
-                model.Problem(
-                    "capacity",
-                    f"{gb} GB do not hold the {objects:,} objects of {shape.name}: "
-                    f"they take {need.bytes / model.GIB:.1f} GB, {most:,} objects would fit",
-                    _label(shape.object, shape.map),
-                    model.smallest_gb(objects, allocator),
-                    most,
-                )
-            )
+        result += [
+            replace(problem, what=f"{problem.what} ({shape.name})")
+            for problem in model.check([heap], machine, {heap.name: objects}, allocator)
+            if problem.id == "capacity"
+        ]
     return result
 
 
@@ -144,7 +136,7 @@ def plan(
         else:
             changes.append(change)
             filled.append((shape, change.after))
-    refuse(problems(found.declarations, filled, gb, machine), "--gb")
+    refuse(problems(found.declarations, filled, gb, machine), gb, machine)
     made = Plan(gb, tuple(changes), found.mentions, tuple(warnings))
     _confirm(root, layout, made, changed)
     return made
@@ -178,20 +170,21 @@ class Refused(KflexError):
     """A size that cannot work here."""
 
 
-def refuse(found: Sequence[model.Problem], where: str) -> None:
-    """Raise for the first problem, with the nearest size that works and how many more there are."""
+def refuse(found: Sequence[model.Problem], gb: int, machine: model.Machine) -> None:
+    """Raise for the first problem, with how many more there are and the nearest size that works."""
     if not found:
         return
     first = found[0]
-    same = {problem.heap for problem in found if problem.id == first.id}
-    what = first.what if len(same) < 2 else f"{first.what} (and {len(same) - 1} more like it)"
-    nearest = [problem.nearest_gb for problem in found if problem.nearest_gb is not None]
-    fix = (
-        f"the nearest size that works is --gb {max(nearest) if first.id == 'capacity' else min(nearest)}"
-        if nearest
-        else ""
-    )
-    raise Refused(what, first.heap or where, fix)
+    same = [problem for problem in found if problem.id == first.id]
+    more = f" (and {len(same) - 1} more like it)" if len(same) > 1 else ""
+    nearest = [problem.nearest_gb for problem in same if problem.nearest_gb is not None]
+    if first.id != "capacity":
+        fix = f"the nearest size that works is {min(nearest)} GB" if nearest else ""
+    elif len(nearest) == len(same) and not model.check([model.Heap("", max(nearest))], machine, {}):
+        fix = f"the nearest size that works is {max(nearest)} GB; or leave out --keep-capacities"
+    else:
+        fix = "no heap that works here holds them: leave out --keep-capacities"
+    raise Refused(first.what + more, f"--gb {gb}", fix)
 
 
 def _heap_change(item: Declaration, gb: int) -> Change:
@@ -293,7 +286,7 @@ def warnings(tree: Tree, made: Plan, machine: model.Machine) -> list[str]:
     outcome = search.on_paper(search.artifact(made.gb * model.GIB), search.task_size(machine.va_bits))
     if outcome.address is None and tree.get(_SEARCH_RECIPE) is None:
         lines.append(
-            f"the artifact's libbpf finds no address for {made.gb} GB: its {outcome.tried} tries all lie above "
+            f"the artifact's libbpf finds no address for {made.gb} GB: its {outcome.tried} tries lie above "
             f"{machine.va_bits} bits of user space; `kflex-repro patch apply {_SEARCH_RECIPE}` mends that"
         )
     return lines

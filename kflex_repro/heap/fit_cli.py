@@ -10,7 +10,6 @@ from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.table import Table
 
 from kflex_repro.heap import declarations, fit, model, verify
 from kflex_repro.heap.layout import layout
@@ -117,21 +116,16 @@ def _working(what: str) -> Iterator[None]:
 
 
 def _show(outcome: fit.Outcome, warnings: list[str]) -> None:
-    table = Table(box=None, pad_edge=False)
-    for title in ("what", "where", "was", "is", ""):
-        table.add_column(title)
+    rows = []
     for change in outcome.plan.changes:
-        unit = " GB" if change.kind == "heap" else " objects"
-        was = f"{change.before:,}{unit}" if change.before is not None else f"`{change.was}`"
-        table.add_row(
-            change.name,
-            f"{change.path}:{change.line}",
-            was,
-            f"{change.after:,}{unit}",
-            "; ".join(change.notes),
+        unit = "GB" if change.kind == "heap" else "objects"
+        was = f"{change.before:,}" if change.before is not None else f"`{change.was}`"
+        rows.append(
+            (change.name, f"{change.path}:{change.line}", f"{was} -> {change.after:,} {unit}", change.notes)
         )
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    console.print(table)
+    for name, where, numbers, notes in rows:
+        wide = max(len(row[0]) for row in rows), max(len(row[1]) for row in rows)
+        click.echo(f"{name:<{wide[0]}}  {where:<{wide[1]}}  {'; '.join((numbers, *notes))}")
     for mention in outcome.plan.left_alone:
         click.echo(f"left alone: {mention.path}:{mention.line}, {mention.why}")
     if outcome.diff:

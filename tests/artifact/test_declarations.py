@@ -85,7 +85,9 @@ def test_a_tree_without_declarations_has_none(tmp_path: Path) -> None:
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(variant=variants())
-def test_every_variant_is_read_as_it_was_written(tmp_path_factory: pytest.TempPathFactory, variant: Variant) -> None:
+def test_every_variant_is_read_as_it_was_written(
+    tmp_path_factory: pytest.TempPathFactory, variant: Variant
+) -> None:
     root = tmp_path_factory.getbasetemp() / "variant"
     (root / "bpf").mkdir(parents=True, exist_ok=True)
     changed = {"bpf/include/ffkx_heap.bpf.h": variant.header, "bpf/v.bpf.c": variant.source()}

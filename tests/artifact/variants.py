@@ -79,7 +79,9 @@ def _plain(text: str, value: int) -> Size:
 _powers = st.integers(0, 10).map(lambda bits: 1 << bits)
 sizes = st.one_of(
     _powers.map(lambda n: _plain(str(n), n)),
-    st.tuples(_powers, st.sampled_from(["u", "UL", "ull", "LL"])).map(lambda t: _plain(f"{t[0]}{t[1]}", t[0])),
+    st.tuples(_powers, st.sampled_from(["u", "UL", "ull", "LL"])).map(
+        lambda t: _plain(f"{t[0]}{t[1]}", t[0])
+    ),
     _powers.map(lambda n: _plain(hex(n), n)),
     _powers.map(lambda n: _plain(f"0{n:o}", n)),
     _powers.map(lambda n: _plain(f"(({n}))", n)),
@@ -96,9 +98,7 @@ sizes = st.one_of(
 _space = st.sampled_from(["", " ", "\t", "\n", " /* GB */ ", " \\\n  ", "// one\n  "])
 _flags = st.sampled_from(["0", "(1U << 19)", "FLAG_A | FLAG_B", "both(1, 2)"])
 _before = st.sampled_from(["", "static ", "/* é */ ", "__hidden\n"])
-_after = st.sampled_from(
-    [' SEC(".maps")', '\nSEC(".maps")', ' __attribute__((section(".maps"), used))', ""]
-)
+_after = st.sampled_from([' SEC(".maps")', '\nSEC(".maps")', ' __attribute__((section(".maps"), used))', ""])
 
 
 @st.composite
@@ -114,14 +114,15 @@ def _declaration(draw: st.DrawFn) -> Part:
 
 @st.composite
 def _two_on_a_line(draw: st.DrawFn) -> Part:
-    return Part('ffkx_heap({},0) a SEC(".maps"); ffkx_heap({}, 0) b SEC(".maps");\n', (draw(sizes), draw(sizes)))
+    return Part(
+        'ffkx_heap({},0) a SEC(".maps"); ffkx_heap({}, 0) b SEC(".maps");\n', (draw(sizes), draw(sizes))
+    )
 
 
 @st.composite
 def _in_a_branch(draw: st.DrawFn) -> Part:
     text = (
-        '#ifdef NEVER\nffkx_heap(7, 0) off SEC(".maps");\n'
-        '#else\nffkx_heap({}, 0) on SEC(".maps");\n#endif\n'
+        '#ifdef NEVER\nffkx_heap(7, 0) off SEC(".maps");\n#else\nffkx_heap({}, 0) on SEC(".maps");\n#endif\n'
     )
     return Part(text, (draw(sizes),))
 
@@ -138,17 +139,17 @@ _decoys = st.sampled_from(
         "// continued \\\nffkx_heap(3, 0) heap;\n",
         '/*\n// été\nffkx_heap(16, 0) heap SEC(".maps");\n*/\n',
         'const char *text = "ffkx_heap(3, 0) heap;";\n',
-        "const char *split = \"ffkx_heap(3, \\\n0)\";\n",
+        'const char *split = "ffkx_heap(3, \\\n0)";\n',
         "int my_ffkx_heap(int, int);\nint x = my_ffkx_heap(3, 0);\n",
         "int ffkx_heap_size(int n);\nint FFKX_HEAP(int n);\n",
         '#if 0\nffkx_heap(3, 0) heap SEC(".maps");\n#endif\n',
         "#define UNUSED_HEAP(n) ffkx_heap(n, 0)\n",
-        "#define NOTE \"ffkx_heap(3, 0)\"\n",
+        '#define NOTE "ffkx_heap(3, 0)"\n',
         "#error ffkx_heap(3, 0)\n",
         "struct pad {{ int ffkx_heap; }};\n",
         "int (*ffkx_heap)(int);\n",
         "private(A) struct bpf_spin_lock lock;\n",
-        "SEC(\"tc\")\nint program(struct __sk_buff *ctx) {{\n  auto map = &heap;\n  return map->base;\n}}\n",
+        'SEC("tc")\nint program(struct __sk_buff *ctx) {{\n  auto map = &heap;\n  return map->base;\n}}\n',
         "struct hashmap __hptr *table;\n",
         "#include <missing.bpf.h>\n",
         "}}\n",
