@@ -23,6 +23,7 @@ _LAZY = {
     "build": ("kflex_repro.build.cli:build", "Build the BPF objects and the Redis module."),
     "doctor": ("kflex_repro.host_cli:doctor", "What this machine can do, and what is missing."),
     "fit-heap": ("kflex_repro.heap.fit_cli:fit_heap", "Fit a KFlex tree's heaps and capacities to a size."),
+    "heap": ("kflex_repro.heap.cli:group", "The artifact's heap: why it can be mapped, or not."),
     "offload": ("kflex_repro.offload.cli:group", "Serve GET and SET of a redis-server in the kernel."),
 }
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import functools
 import importlib.util
-import mmap
 import os
 import platform
 import re
@@ -21,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from kflex_repro import memory
 from kflex_repro.bpf import fs, libbpf, probe
 from kflex_repro.build import cache, toolchain
 from kflex_repro.build.objects import KERNEL_BTF
@@ -29,7 +29,6 @@ from kflex_repro.redis import server
 
 State = Literal["ok", "degraded", "missing"]
 
-_GIB = 1 << 30
 _CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "CAP_BPF": 39}
 
 
@@ -162,17 +161,12 @@ def _file_system(fstype: str, point: str, auto: bool) -> Callable[[], _Finding]:
 
 
 def _va_bits() -> _Finding:
-    """User address bits, by asking for a page far above 2^47: only 5-level paging can give it."""
-    import ctypes
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    address = libc.mmap(1 << 50, mmap.PAGESIZE, mmap.PROT_READ, flags, -1, 0) or 0
-    libc.munmap(address, mmap.PAGESIZE)
-    bits = 56 if address >> 47 and address != ctypes.c_void_p(-1).value else 47
+    try:
+        bits = memory.va_bits()
+    except KflexError as error:
+        return _Finding("degraded", error.what, error.fix)
+    if platform.machine() != "x86_64":
+        return _ok(f"{bits} bits of user space")
     in_cpu = bool(re.search(r"^flags\s*:.*\bla57\b", Path("/proc/cpuinfo").read_text(), re.M))
     levels = (
         "5-level paging (LA57)" if bits == 56 else "4-level paging" + (", LA57 in the CPU" if in_cpu else "")
@@ -203,18 +197,13 @@ def _unprivileged_bpf() -> _Finding:
 # --- the machine ------------------------------------------------------------------------------------------
 
 
-def _meminfo() -> dict[str, int]:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
-
-
 def _ram() -> _Finding:
-    info = _meminfo()
+    info = memory.meminfo()
     available = info["MemAvailable"]
-    value = f"{available / _GIB:.1f} GiB available of {info['MemTotal'] / _GIB:.1f} GiB"
-    if available < _GIB // 4:
+    value = f"{available / memory.GIB:.1f} GiB available of {info['MemTotal'] / memory.GIB:.1f} GiB"
+    if available < memory.GIB // 4:
         return _Finding("missing", value, "free some memory: the table takes an eighth of what is free")
-    if available < 2 * _GIB:
+    if available < 2 * memory.GIB:
         return _Finding("degraded", value, "small table: 2 GiB or more are better")
     return _ok(value)
 
@@ -257,7 +246,7 @@ def _cache_space() -> _Finding:
         writable = os.access(path, os.W_OK)
     except (KflexError, OSError) as error:
         return _Finding("missing", str(error), "set KFLEX_CACHE to another place")
-    value = f"{path}, {free / _GIB:.1f} GiB free"
+    value = f"{path}, {free / memory.GIB:.1f} GiB free"
     if not writable or free < 50 << 20:
         return _Finding("missing", value, "free some space, or set KFLEX_CACHE to another place")
     return _ok(value)
@@ -465,7 +454,7 @@ def summary() -> dict[str, object]:
         "arch": platform.machine(),
         "cpu": _cpu_model(),
         "cpus": len(os.sched_getaffinity(0)),
-        "ram_bytes": _meminfo()["MemTotal"],
+        "ram_bytes": memory.meminfo()["MemTotal"],
         "virtual": hypervisor,
         "emulated": emulated(),
         "facts": {found.key: {"state": found.state, "value": found.value} for found in facts()},

@@ -1,7 +1,7 @@
 """This machine's RAM and user address space, and the one rule of what fits into the RAM.
 
-The offload's table and the artifact's heaps are both allocated whole when their maps are made: `--table-size auto`
-and `fit-heap --auto` plan them with the functions here.
+The offload's table and the artifact's heaps are both allocated whole when their maps are made:
+`--table-size auto` and `fit-heap --auto` plan them with the functions here.
 """
 
 from __future__ import annotations
@@ -45,17 +45,15 @@ def share(free: int, part: Fraction, least: int, most: int) -> int:
 
 
 def amount(size: int) -> str:
-    """Bytes for a reader: MiB below 1 GiB, else GiB with at most two decimals, never rounded to a lie of 0."""
+    """Bytes for a reader: MiB below 1 GiB, else GiB with at most two decimals."""
     if size < GIB:
         return f"{size >> 20} MiB"
     return f"{size / GIB:,.2f}".rstrip("0").rstrip(".") + " GiB"
 
 
 def misfit(what: str, size: int, free: int) -> str | None:
-    """Why ``size`` bytes allocated at once do not fit into ``free`` bytes of RAM, in one line; None if they do."""
-    if size <= free:
-        return None
-    return f"{what} of {amount(size)} does not fit into {amount(free)} of free RAM"
+    """Why ``what`` (``size`` bytes taken at once) does not fit into ``free`` bytes of RAM, or None."""
+    return None if size <= free else f"{what} does not fit into {amount(free)} of free RAM"
 
 
 # --- address space ----------------------------------------------------------------------------------------

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from kflex_repro.bench import plot
-from kflex_repro.bench.result import write_atomically
 from kflex_repro.bench.scenario import data_dir, read_toml
 from kflex_repro.bench.summary import (
     HEADINGS,
@@ -21,6 +20,7 @@ from kflex_repro.bench.summary import (
     target_parts,
     verdict_on_answers,
 )
+from kflex_repro.files import write_atomically
 
 Document = Mapping[str, Any]
 

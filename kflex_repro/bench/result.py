@@ -7,13 +7,9 @@ accepted SET ever was before Redis had it) and ``targets`` (the expected ratios 
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +17,7 @@ from typing import Any
 from kflex_repro.bench.scenario import FLOORS, Scenario
 from kflex_repro.bench.stats import Figure
 from kflex_repro.errors import KflexError
+from kflex_repro.files import write_atomically
 
 SCHEMA = 1
 SIDE_FIGURES = ("rps", "p50_ms", "p99_ms", "p999_ms", "server_cpu_us_per_op", "system_cpu_us_per_op")
@@ -289,35 +286,6 @@ def problems(document: Mapping[str, Any]) -> list[str]:
 
 
 # --- writing --------------------------------------------------------------------------------------
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace ``path`` by ``data``: either all of it is there, or the old file is.
-
-    KflexError in one line if not.
-    """
-    temporary: str | None = None
-    try:
-        fd, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(fd, "wb") as file:
-            os.fchmod(fd, 0o644)
-            file.write(data)
-            file.flush()
-            os.fsync(fd)
-        Path(temporary).replace(path)
-        temporary = None
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        fix = (
-            "free some space, or choose another place with --out"
-            if full
-            else "choose another place with --out"
-        )
-        raise KflexError(f"cannot write {path.name}, {error.strerror}", str(path.parent), fix) from error
-    finally:
-        if temporary is not None:
-            with suppress(OSError):
-                Path(temporary).unlink()
 
 
 def write_result(result: Result, out: Path) -> Path:

@@ -1,12 +1,12 @@
 """KFlex's heap and its allocator in figures: what a heap takes, what a capacity takes, which fits which.
 
-Facts [read] in the KFlex repository have the file named; those of jemalloc are [measured] with Debian 12's 5.3.0
-(tests/artifact/fill.c fills a heap the same way). Sizes are bytes unless a name says GB (2^30).
+Facts [read] in the KFlex repository have the file named; those of jemalloc are [measured] with Debian 12's
+5.3.0 (tests/artifact/fill.c fills a heap the same way). Sizes are bytes unless a name says GB (2^30).
 
 jemalloc decides more than anything else: the artifact gives it hooks that cannot split an extent, so with
 its default ``retain:true`` it takes 2 MiB of the heap for every slab of 4 to 28 KiB and leaks the rest.
 With ``MALLOC_CONF=retain:false`` in the environment of the program (or in it:
-``const char *malloc_conf = "retain:false";``) the same heap holds about 58 times as many objects.
+``const char *malloc_conf = "retain:false";``) the same heap holds about 60 times as many objects.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate, count
+from pathlib import Path
 
 from kflex_repro import memory
 from kflex_repro.errors import KflexError
@@ -107,8 +108,11 @@ class Allocator:
 
 @dataclass(frozen=True)
 class Need:
-    """What a capacity takes of a heap: the objects of the global lists (``prefill``) and of the CPUs'
-    (``caches``), the hash map's buckets, ``other`` things of fixed size, and what ``jemalloc`` takes besides."""
+    """What a capacity takes of a heap, part by part.
+
+    The objects of the global lists (``prefill``) and of the CPUs' (``caches``), the hash map's buckets,
+    ``other`` things of fixed size, and what ``jemalloc`` takes besides.
+    """
 
     objects: int
     prefill: int
@@ -137,7 +141,7 @@ class Machine:
 class Problem:
     """Why a plan does not work: ``what``, one line with the numbers, and the nearest size that does work.
 
-    ``id``: size, power-of-two, ram, address-space, capacity. ``heap`` is a heap's name, or several, comma between.
+    ``id``: size, power-of-two, ram, address-space, capacity. ``heap``: its name, or several, comma between.
     """
 
     id: str
@@ -213,8 +217,8 @@ def need(objects: int, allocator: Allocator) -> Need:
     per_class = at.percpu_objects * at.cpus
     sizes = [_round8(at.header + size) for size in at.class_bytes]
     buckets = _power_of_two(at.hash_entries) * 8
-    # The first page (a valid object must not look like NULL), both kinds of cache heads, the map's header with
-    # a pointer for each CPU, the skip list's 32 predecessors, a key and a value buffer.
+    # The first page (a valid object must not look like NULL), both kinds of cache heads, the map's header
+    # with a pointer for each CPU, the skip list's 32 predecessors, a key and a value buffer.
     fixed = [PAGE, _CACHE_BYTES * at.cpus, _CACHE_BYTES, 32 + 8 * at.cpus, 256]
     fixed += [at.buffer_bytes * at.cpus] * 2
     taken_by_jemalloc = 0
@@ -254,10 +258,9 @@ def largest_objects(gb: int, allocator: Allocator) -> int:
 
 
 def possible_cpus() -> int:
-    """The CPUs that may ever be there (libbpf_num_possible_cpus): per-CPU caches are filled for all of them."""
+    """The CPUs that may ever be there (libbpf_num_possible_cpus): caches are filled for all of them."""
     try:
-        with open("/sys/devices/system/cpu/possible") as stream:  # noqa: PTH123
-            spans = stream.read().strip().split(",")
+        spans = Path("/sys/devices/system/cpu/possible").read_text().strip().split(",")
         ends = [span.partition("-")[::2] for span in spans]
         return sum(int(last or first) - int(first) + 1 for first, last in ends)
     except (OSError, ValueError):
@@ -284,7 +287,7 @@ def _has_place(gb: int, va_bits: int) -> bool:
 
 
 def largest_gb(ram: int, va_bits: int, heaps: int = 1) -> int:
-    """The largest size, a power of two in GB, of so many eager heaps together, in so much RAM; 0 if none fits."""
+    """The largest size, a power of two in GB, of so many eager heaps together in ``ram``; 0 if none fits."""
     for gb in _sizes():
         if heaps * Heap("", gb).ram_bytes <= ram and _has_place(gb, va_bits):
             return gb
@@ -322,7 +325,7 @@ def _wrong_size(value: Fraction | int, text: str) -> tuple[str, int] | None:
         return f"a heap of {text} GB is none", 1
     if value > MAX_GB:
         return (
-            f"a heap of {text} GB has more pages than max_entries (32 bits) counts: {MAX_GB:,} at most",
+            f"a heap of {text} GB has more pages than max_entries (32 bits) can count",
             MAX_GB,
         )
     if value != whole:
@@ -343,8 +346,8 @@ def check(
 ) -> list[Problem]:
     """All that keeps these heaps, with these capacities (objects by heap name), from working on a machine.
 
-    RAM is counted for the heaps of one file together. ``allocator``: the artifact's on the machine's CPUs unless
-    given.
+    RAM is counted for the heaps of one file together. Without ``allocator``: the artifact's, on the machine's
+    CPUs.
     """
     filling = allocator or Allocator(cpus=on.cpus)
     problems: list[Problem] = []
@@ -395,13 +398,10 @@ def _capacity_problems(heap: Heap, objects: int, filling: Allocator) -> Iterator
 
 def _ram_problems(together: Sequence[Heap], on: Machine) -> Iterator[Problem]:
     valid = [heap for heap in together if heap.gb > 0]
-    if not valid:
-        return
-    what = f"{valid[0].name}: a heap" if len(valid) == 1 else f"{len(valid)} heaps made together"
     taken = sum(heap.ram_bytes for heap in valid)
-    line = memory.misfit(what, taken, on.ram_available)
+    names = " + ".join(heap.name for heap in valid)
+    sizes = " + ".join(str(heap.gb) for heap in valid)
+    line = memory.misfit(f"{names}: {sizes} GB ({memory.amount(taken)} when made)", taken, on.ram_available)
     if line:
         nearest = largest_gb(on.ram_available, on.va_bits, len(valid)) or None
-        names = ", ".join(heap.name for heap in valid)
-        sizes = " + ".join(f"{heap.gb} GB" for heap in valid)
-        yield Problem("ram", f"{line} ({sizes}, allocated when made)", names, nearest)
+        yield Problem("ram", line, ", ".join(heap.name for heap in valid), nearest)

@@ -8,7 +8,7 @@ import secrets
 import struct
 from pathlib import Path
 
-from kflex_repro import build
+from kflex_repro import build, memory
 from kflex_repro.bpf.btf import Btf
 from kflex_repro.bpf.libbpf import AttachType
 from kflex_repro.bpf.object import Object
@@ -144,12 +144,9 @@ def choose_table(
             size, where = answer.table_size, f"{found.host}:{found.port}, kflex.table-size"
     free = table.available()
     plan = table.plan(size if size is not None else table.auto(free), where)
-    if plan.bytes > free:
-        raise KflexError(
-            f"a table of {plan.bytes >> 20} MiB does not fit into {free >> 20} MiB of free RAM",
-            where,
-            "choose a smaller one",
-        )
+    misfit = memory.misfit(f"a table of {memory.amount(plan.bytes)}", plan.bytes, free)
+    if misfit:
+        raise KflexError(misfit, where, "choose a smaller one")
     return plan
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from fractions import Fraction
 
+from kflex_repro import memory
 from kflex_repro.errors import KflexError
+from kflex_repro.memory import MIB
 
-MIB = 1 << 20
 # KFLEX_TABLE_MIN_BYTES and KFLEX_TABLE_MAX_BYTES of abi.h.
 MINIMUM = 4 * MIB
 MAXIMUM = 1 << 30
+_AUTO_PART = Fraction(1, 8)
 # Ring positions: twice what may be dirty at a time.
 RING = 1 << 17
 # An entry of a 16-byte key and a 64-byte value; buckets are sized for three of these in six slots.
@@ -53,13 +55,12 @@ def plan(table_bytes: int, where: str = "--table-size") -> Plan:
 
 def available() -> int:
     """MemAvailable in bytes."""
-    match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
-    return int(match.group(1)) * 1024 if match else 0
+    return memory.available()
 
 
 def auto(free: int) -> int:
     """What ``--table-size auto`` means: an eighth of the free RAM, at most 1 GiB."""
-    return max(MINIMUM, min(MAXIMUM, free // 8))
+    return memory.share(free, _AUTO_PART, MINIMUM, MAXIMUM)
 
 
 def parse_size(text: str) -> int | None:

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from kflex_repro.bench.result import Result, problems, read_result, write_atomically, write_result
+from kflex_repro.bench.result import Result, problems, read_result, write_result
 from kflex_repro.bench.scenario import load_scenarios
 from kflex_repro.errors import KflexError
+from kflex_repro.files import write_atomically
 from tests.unit.bench_fakes import scenario_result
 
 TOP = Path(__file__).resolve().parents[2]
@@ -130,7 +131,7 @@ def test_reading_something_else_is_one_line(tmp_path: Path, text: str) -> None:
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
-from kflex_repro.bench.result import write_atomically
+from kflex_repro.files import write_atomically
 from kflex_repro.errors import KflexError
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 try:
