@@ -47,7 +47,7 @@ class Explanation:
 
 
 def explain(gb: int, where: Platform | None, names: tuple[str, ...] = ("old", "fixed")) -> Explanation:
-    """Search for a heap's address: for real on this machine (``where`` None), or on paper in another space."""
+    """Search for a heap's address: for real here (``where`` None), or on paper in another address space."""
     platform = where or search.here()
     end = platform.task_size
     cases = []

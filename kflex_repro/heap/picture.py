@@ -15,10 +15,6 @@ from kflex_repro.heap.explain import Case, Explanation, place, tries
 _GLYPH = {"mapped": "✓", "above": "×", "taken": "o"}
 _STYLE = {"mapped": "bold green", "above": "red", "taken": "yellow"}
 _COLOUR = {"mapped": "#1a7f37", "above": "#c4320a", "taken": "#b7791f"}
-_MEANING = {
-    "mapped": "mapped",
-    "taken": "something is mapped there: EEXIST",
-}
 _SHORT = {"mapped": "mapped", "above": "ENOMEM", "taken": "EEXIST"}
 _INK = "#1c2128"
 # What a later kind may cover of an earlier one in the same column.
@@ -88,10 +84,15 @@ def listed(case: Case, most: int = 6) -> list[str]:
             lines.append(f"  … {len(rows) - most // 2 * 2:,} more")
             continue
         number, address, kind = row
-        meaning = _MEANING[kind]
-        if kind == "above":
+        if kind == "mapped":
+            meaning = "mapped"
+        elif kind == "above":
             beyond = address + case.outcome.search.size - case.outcome.task_size
             meaning = f"ends {place(beyond)} above user space: ENOMEM"
+        elif case.outcome.refused_inside:
+            meaning = "within user space, but refused"
+        else:
+            meaning = "something is mapped there: EEXIST"
         lines.append(f"  try {number:>5,}  {address:>#15x}  {place(address):>12}  {meaning}")
     return lines
 
