@@ -125,7 +125,7 @@ def test_a_mapping_in_the_way_is_stepped_over(occupy: Callable[[int], None]) -> 
     occupy(free.address + 3 * GIB)
     paper, real = agreed(wanted)
     assert real == paper
-    assert real.occupied == free.occupied + 1
+    assert real.occupied > free.occupied
     assert real.address is not None
     assert real.address < free.address
 
