@@ -195,3 +195,26 @@ def test_places() -> None:
         "64 PiB",
     ]
     assert explain.place((1 << 47) - model.PAGE) == "128 TiB"
+
+
+# -- the documentation --
+
+
+def test_the_figures_of_the_documentation() -> None:
+    """docs/heap.md: the capacities (2 CPUs), and the table of address spaces, are what the model says."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "heap.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    for name, retain in (("jemalloc's default", True), ("`MALLOC_CONF=retain:false`", False)):
+        allocator = model.Allocator(cpus=2, retain=retain)
+        (row,) = (row for row in rows if row[0] == name)
+        assert row[2:] == [f"{model.largest_objects(gb, allocator):,}" for gb in (4, 16, 256)]
+        assert row[1].endswith(f"a heap of {model.smallest_gb(explain.ARTIFACT_OBJECTS, allocator):,} GB")
+    described = 0
+    for known in search.PLATFORMS:
+        for row in rows:
+            if f"(`{known.name}`)" in row[0] or (f"(`{known.bits}`)" in row[0] and "riscv" not in known.text):
+                assert row[1] == explain.place(known.task_size)
+                works = explain.works_for(known, "old")
+                assert row[2].startswith("all" if len(works) == 10 else str(works[0]) if works else "none")
+                described += 1
+    assert described == len(search.PLATFORMS)
