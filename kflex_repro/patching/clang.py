@@ -97,12 +97,30 @@ class Unit:
     def __init__(self, path: Path, sources: Mapping[Path, bytes], unit: Any) -> None:
         self.path = path
         self.data = sources[path]
-        self._unit = unit
+        self.handle = unit
         self._sources = dict(sources)
 
     def cursors(self) -> Iterator[Any]:
         """The top-level cursors, those of included files too."""
-        yield from self._unit.cursor.get_children()
+        yield from self.handle.cursor.get_children()
+
+    def declarations(self) -> Iterator[Any]:
+        """Declarations of the file itself in namespaces, classes and at its top; not those in functions."""
+        kinds = _library().CursorKind
+        inside = {
+            kinds.NAMESPACE,
+            kinds.LINKAGE_SPEC,
+            kinds.UNEXPOSED_DECL,
+            kinds.CLASS_DECL,
+            kinds.STRUCT_DECL,
+            kinds.CLASS_TEMPLATE,
+        }
+        waiting = [cursor for cursor in self.cursors() if self.of(cursor) == self.path]
+        while waiting:
+            cursor = waiting.pop()
+            yield cursor
+            if cursor.kind in inside:
+                waiting += cursor.get_children()
 
     def walk(self) -> Iterator[Any]:
         """Every cursor of the file itself, depth first."""
@@ -128,13 +146,13 @@ class Unit:
         path = path or self.path
         data = self.source(path)
         end = len(data) if end is None else end
-        file = ci.File.from_name(self._unit, str(path))
+        file = ci.File.from_name(self.handle, str(path))
         extent = ci.SourceRange.from_locations(
-            ci.SourceLocation.from_offset(self._unit, file, start),
-            ci.SourceLocation.from_offset(self._unit, file, end),
+            ci.SourceLocation.from_offset(self.handle, file, start),
+            ci.SourceLocation.from_offset(self.handle, file, end),
         )
         found = []
-        for token in self._unit.get_tokens(extent=extent):
+        for token in self.handle.get_tokens(extent=extent):
             first, last = token.extent.start.offset, token.extent.end.offset
             # libclang's range ends with the token that begins at its end.
             if start <= first and last <= end:

@@ -148,6 +148,11 @@ class Tree:
         """What applying would change now, as a unified diff; undecodable bytes survive as surrogates."""
         return self._diff(self._plan(without or "this recipe", edits, without))
 
+    def planned(self, edits: Iterable[Edit], without: str = "") -> dict[str, bytes | None]:
+        """The files that applying would leave, by their canonical paths; None for one that goes."""
+        after = self._plan(without or "this recipe", edits, without)
+        return {path: self._new(path, file) for path, file in after.items()}
+
     def diff_revert(self, name: str, keep_edited: bool = False) -> str:
         """What reverting would change, as a unified diff."""
         return self._diff(self._without(name, keep_edited))
