@@ -25,6 +25,7 @@ _LAZY = {
     "fit-heap": ("kflex_repro.heap.fit_cli:fit_heap", "Fit a KFlex tree's heaps and capacities to a size."),
     "heap": ("kflex_repro.heap.cli:group", "The artifact's heap: why it can be mapped, or not."),
     "offload": ("kflex_repro.offload.cli:group", "Serve GET and SET of a redis-server in the kernel."),
+    "patch": ("kflex_repro.patching.cli:group", "Recipes that make a KFlex source tree run here."),
 }
 
 

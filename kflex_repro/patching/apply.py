@@ -32,7 +32,7 @@ class Plan:
 class Status:
     """Where a recipe stands in a tree; ``detail`` says why.
 
-    ``state``: applied, edited (by hand since), outdated (applied in another version), present (the tree has it
+    ``state``: applied, edited (by hand since), outdated (applied in another version), present (in the tree,
     but not from us), applicable, not applicable.
     """
 
@@ -152,7 +152,7 @@ def _edits(step: Step, source: Source, known: Mapping[str, str], where: str) -> 
             len(functions), 1, [f.start for f in functions if f], source, f"function {step.function}", where
         )
     within = functions[0]
-    label = _label(step)
+    what = label(step)
     edits: list[Edit] = []
 
     def put(start: int, end: int, text: str) -> None:
@@ -164,20 +164,20 @@ def _edits(step: Step, source: Source, known: Mapping[str, str], where: str) -> 
         return recipes.fill(step.new, {**known, **texts}, where)
 
     def spans(found: list[Span]) -> list[Span]:
-        _expect(len(found), step.count, [span.start for span in found], source, label, where)
+        _expect(len(found), step.count, [span.start for span in found], source, what, where)
         return found
 
     if step.kind in ("call", "macro-argument"):
         macro = step.kind == "macro-argument"
         calls = source.macros(step.name, within) if macro else source.calls(step.name, within, step.of)
-        _expect(len(calls), step.count, [call.start for call in calls], source, label, where)
+        _expect(len(calls), step.count, [call.start for call in calls], source, what, where)
         for call in calls:
             texts = _texts(call, source)
             span = Span(call.start, call.end)
             if step.argument is not None:
                 if step.argument >= len(call.arguments):
                     raise KflexError(
-                        f"{where}: {label} has no argument {step.argument}", _at(source, call.start)
+                        f"{where}: {what} has no argument {step.argument}", _at(source, call.start)
                     )
                 span = call.arguments[step.argument]
             _was(step, source, span, where)
@@ -191,7 +191,7 @@ def _edits(step: Step, source: Source, known: Mapping[str, str], where: str) -> 
             put(span.start, span.end, filled(was=source.text(span)))
     elif step.kind == "function":
         found = source.functions(step.name)
-        _expect(len(found), step.count, [function.start for function in found], source, label, where)
+        _expect(len(found), step.count, [function.start for function in found], source, what, where)
         for function in found:
             at = {"before": source.above(function), "entry": function.entry, "after": function.end}[
                 step.where
@@ -202,7 +202,7 @@ def _edits(step: Step, source: Source, known: Mapping[str, str], where: str) -> 
         lines = source.includes()
         if step.name:
             lines = [line for line in lines if line.name == step.name]
-            _expect(len(lines), 1, [line.start for line in lines], source, label, where)
+            _expect(len(lines), 1, [line.start for line in lines], source, what, where)
             put(lines[0].end, lines[0].end, f"\n#include {filled()}")
         else:
             at = lines[0].start if lines else 0
@@ -234,7 +234,8 @@ def _occurrences(data: bytes, wanted: bytes) -> list[Span]:
     return found
 
 
-def _label(step: Step) -> str:
+def label(step: Step) -> str:
+    """What a step looks for, in words."""
     what = {
         "call": f"call of {step.name}",
         "macro-argument": f"use of macro {step.name}",
@@ -243,6 +244,7 @@ def _label(step: Step) -> str:
         "function": f"function {step.name}",
         "include": f"#include of {step.name}",
         "text": f"text {step.name!r}",
+        "new-file": "a new file",
     }[step.kind]
     on = f" on a call of {step.of}" if step.of else ""
     return what + on + (f" in {step.function}" if step.function else "")
@@ -264,7 +266,7 @@ def _was(step: Step, source: Source, span: Span, where: str) -> None:
     # White space is the formatter's business.
     if step.was and source.text(span).split() != step.was.encode().split():
         raise KflexError(
-            f"{where}: {_label(step)} is not {step.was}",
+            f"{where}: {label(step)} is not {step.was}",
             _at(source, span.start),
             "another version of the sources, or edited by hand; nothing was changed",
         )
