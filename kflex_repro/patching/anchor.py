@@ -8,8 +8,6 @@ directives and code that is not compiled never match, and a macro is called like
 from __future__ import annotations
 
 import bisect
-import ctypes
-import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -96,7 +94,7 @@ class Source:
         self.unit = clang.parse(root / path, data, flags(root, path), others)
         self._all = self.unit.tokens()
         lines = _Lines(data)
-        skipped = _skipped(self.unit)
+        skipped = self.unit.skipped()
         self._directives: list[list[Token]] = []
         self.tokens: list[Token] = []
         until = -1
@@ -115,6 +113,7 @@ class Source:
             last = token
         self._starts = [token.start for token in self.tokens]
         self._pairs = _pairs(self.tokens)
+        self._functions: dict[str, list[Any]] | None = None
 
     @property
     def newline(self) -> bytes:
@@ -135,10 +134,11 @@ class Source:
         return sorted(found or self._functions_by_token(name), key=lambda function: function.start)
 
     def _functions_by_cursor(self, name: str) -> Iterator[Function]:
-        kinds = {"FUNCTION_DECL", "CXX_METHOD", "FUNCTION_TEMPLATE", "CONSTRUCTOR", "DESTRUCTOR"}
-        for cursor in self.unit.declarations():
-            if cursor.kind.name not in kinds or cursor.spelling != name or not cursor.is_definition():
-                continue
+        if self._functions is None:
+            self._functions = {}
+            for cursor in self.unit.functions():
+                self._functions.setdefault(cursor.spelling, []).append(cursor)
+        for cursor in self._functions.get(name, ()):
             start, end = cursor.extent.start.offset, cursor.extent.end.offset
             at = self._at(cursor.location.offset)
             while at < len(self.tokens) and self.tokens[at].start < end:
@@ -330,44 +330,6 @@ def _pairs(tokens: Sequence[Token]) -> dict[int, int]:
             elif stack:
                 stack.pop()
     return pairs
-
-
-class _RangeList(ctypes.Structure):
-    """CXSourceRangeList of clang-c/CXSourceLocation.h."""
-
-    _fields_ = (("count", ctypes.c_uint), ("ranges", ctypes.c_void_p))
-
-
-@functools.cache
-def _skipped_ranges() -> tuple[Any, Any]:
-    """clang_getSkippedRanges and its disposal, which the Python binding leaves out."""
-    from clang import cindex
-
-    library = cindex.conf.lib
-    get, dispose = library.clang_getSkippedRanges, library.clang_disposeSourceRangeList
-    get.argtypes = [cindex.TranslationUnit, cindex.File]
-    get.restype = ctypes.POINTER(_RangeList)
-    dispose.argtypes = [ctypes.POINTER(_RangeList)]
-    dispose.restype = None
-    return get, dispose
-
-
-def _skipped(unit: clang.Unit) -> list[Span]:
-    """What the preprocessor leaves out of the file itself."""
-    from clang import cindex
-
-    get, dispose = _skipped_ranges()
-    handle = unit.handle
-    found = get(handle, cindex.File.from_name(handle, str(unit.path)))
-    try:
-        count = found.contents.count
-        ranges = ctypes.cast(found.contents.ranges, ctypes.POINTER(cindex.SourceRange))
-        copies = [cindex.SourceRange.from_buffer_copy(ranges[i]) for i in range(count)]
-    finally:
-        dispose(found)
-    for item in copies:
-        item.translation_unit = handle
-    return [Span(item.start.offset, item.end.offset) for item in copies]
 
 
 def one_line(found: Iterable[int], source: Source) -> str:

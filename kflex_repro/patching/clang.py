@@ -6,6 +6,7 @@ compiled: an unknown type or header is no reason to stop.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -91,22 +92,42 @@ def builtin_headers() -> tuple[str, ...]:
     return ("-resource-dir", out.stdout.strip())
 
 
+class _RangeList(ctypes.Structure):
+    """CXSourceRangeList of clang-c/CXSourceLocation.h."""
+
+    _fields_ = (("count", ctypes.c_uint), ("ranges", ctypes.c_void_p))
+
+
+@functools.cache
+def _skipped_ranges() -> tuple[Any, Any]:
+    """clang_getSkippedRanges and its disposal, which the Python binding leaves out."""
+    ci = _library()
+    library = ci.conf.lib
+    get, dispose = library.clang_getSkippedRanges, library.clang_disposeSourceRangeList
+    get.argtypes = [ci.TranslationUnit, ci.File]
+    get.restype = ctypes.POINTER(_RangeList)
+    dispose.argtypes = [ctypes.POINTER(_RangeList)]
+    dispose.restype = None
+    return get, dispose
+
+
 class Unit:
     """A parsed file. Keep it while cursors of it are in use."""
 
     def __init__(self, path: Path, sources: Mapping[Path, bytes], unit: Any) -> None:
         self.path = path
         self.data = sources[path]
-        self.handle = unit
+        self._unit = unit
         self._sources = dict(sources)
 
     def cursors(self) -> Iterator[Any]:
         """The top-level cursors, those of included files too."""
-        yield from self.handle.cursor.get_children()
+        yield from self._unit.cursor.get_children()
 
-    def declarations(self) -> Iterator[Any]:
-        """Declarations of the file itself in namespaces, classes and at its top; not those in functions."""
-        kinds = _library().CursorKind
+    def functions(self) -> list[Any]:
+        """Functions and methods that the file itself defines, in namespaces and classes too."""
+        ci = _library()
+        kinds = ci.CursorKind
         inside = {
             kinds.NAMESPACE,
             kinds.LINKAGE_SPEC,
@@ -115,12 +136,38 @@ class Unit:
             kinds.STRUCT_DECL,
             kinds.CLASS_TEMPLATE,
         }
-        waiting = [cursor for cursor in self.cursors() if self.of(cursor) == self.path]
+        wanted = {
+            kinds.FUNCTION_DECL,
+            kinds.CXX_METHOD,
+            kinds.FUNCTION_TEMPLATE,
+            kinds.CONSTRUCTOR,
+            kinds.DESTRUCTOR,
+        }
+        # Headers bring thousands of cursors; to ask each for its file by name takes a second.
+        ours = ci.conf.lib.clang_Location_isFromMainFile
+        ours.argtypes = [ci.SourceLocation]
+        found = []
+        waiting = list(self.cursors())
         while waiting:
             cursor = waiting.pop()
-            yield cursor
-            if cursor.kind in inside:
+            kind = cursor.kind
+            if kind in inside and ours(cursor.location):
                 waiting += cursor.get_children()
+            elif kind in wanted and ours(cursor.location) and cursor.is_definition():
+                found.append(cursor)
+        return found
+
+    def skipped(self) -> list[Span]:
+        """What the preprocessor leaves out of the file itself: #if 0, the other branch of an #ifdef."""
+        ci = _library()
+        get, dispose = _skipped_ranges()
+        found = get(self._unit, ci.File.from_name(self._unit, str(self.path)))
+        try:
+            ranges = ctypes.cast(found.contents.ranges, ctypes.POINTER(ci.SourceRange))
+            copies = [ci.SourceRange.from_buffer_copy(ranges[i]) for i in range(found.contents.count)]
+        finally:
+            dispose(found)
+        return [Span(item.start.offset, item.end.offset) for item in copies]
 
     def walk(self) -> Iterator[Any]:
         """Every cursor of the file itself, depth first."""
@@ -146,13 +193,13 @@ class Unit:
         path = path or self.path
         data = self.source(path)
         end = len(data) if end is None else end
-        file = ci.File.from_name(self.handle, str(path))
+        file = ci.File.from_name(self._unit, str(path))
         extent = ci.SourceRange.from_locations(
-            ci.SourceLocation.from_offset(self.handle, file, start),
-            ci.SourceLocation.from_offset(self.handle, file, end),
+            ci.SourceLocation.from_offset(self._unit, file, start),
+            ci.SourceLocation.from_offset(self._unit, file, end),
         )
         found = []
-        for token in self.handle.get_tokens(extent=extent):
+        for token in self._unit.get_tokens(extent=extent):
             first, last = token.extent.start.offset, token.extent.end.offset
             # libclang's range ends with the token that begins at its end.
             if start <= first and last <= end:
