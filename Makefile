@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 BIN := .venv/bin
-C_SOURCES := $(wildcard bpf/*.c bpf/*.h module/*.c module/*.h)
+C_SOURCES := $(wildcard bpf/*.c bpf/*.h module/*.c module/*.h patches/libbpf_trace/*.[ch] tests/artifact/*_driver.c)
 export PYTHON
 
 ifneq ($(filter setup bench test soak test-redis-suite,$(MAKECMDGOALS)),)
