@@ -6,7 +6,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -67,25 +67,35 @@ def _display() -> Iterator[_Display]:
     is_flag=True,
     help="Build libbpf from the distribution's kernel source and use its headers.",
 )
+@click.option(
+    "--libbpf-traced",
+    is_flag=True,
+    help="Build only the libbpf that writes what it asks of the kernel to KFLEX_TRACE (docs/trace.md).",
+)
 @click.option("--jobs", type=click.IntRange(1, 256), help="Compilers at a time (default: one per CPU).")
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
-def build(force: bool, only: str | None, libbpf_from_source: bool, jobs: int | None, as_json: bool) -> None:
+def build(
+    force: bool,
+    only: str | None,
+    libbpf_from_source: bool,
+    libbpf_traced: bool,
+    jobs: int | None,
+    as_json: bool,
+) -> None:
     """Build the BPF objects and the Redis module into the cache; what is there and unchanged is kept.
 
     The cache is $KFLEX_CACHE, or kflex-repro in the user's cache directory; logs are kept in its logs/.
     """
+    if libbpf_traced:
+        if only or libbpf_from_source:
+            raise click.UsageError("--libbpf-traced builds nothing else: no --only, no --libbpf-from-source")
+        _traced(force, jobs, as_json)
+        return
     started = time.monotonic()
     from_source: Path | None = None
     with _display() as display:
         if libbpf_from_source:
-            runner = toolchain.Runner()
-            before = time.monotonic()
-            try:
-                from_source, fresh = libbpf.from_source(runner, force, jobs, display.note)
-            except BaseException:
-                runner.stop()
-                raise
-            display.note(f"libbpf: {'built' if fresh else 'cached'} ({time.monotonic() - before:.1f} s)")
+            from_source, _ = _make(libbpf.from_source, force, jobs, display)
         built = objects.ensure(only=only, force=force, jobs=jobs, libbpf=from_source, report=display.step)
     seconds = time.monotonic() - started
     if as_json:
@@ -95,6 +105,38 @@ def build(force: bool, only: str | None, libbpf_from_source: bool, jobs: int | N
     click.echo(f"{fresh_steps} built, {len(built.steps) - fresh_steps} from the cache, in {seconds:.1f} s")
     for step in built.steps:
         click.echo(f"  {step.path}")
+
+
+def _make(
+    maker: Callable[[toolchain.Runner, bool, int | None, libbpf.Report], tuple[Path, bool]],
+    force: bool,
+    jobs: int | None,
+    display: _Display,
+) -> tuple[Path, bool]:
+    """One of the builds of libbpf, with its progress; Ctrl-C ends what it runs."""
+    runner = toolchain.Runner()
+    before = time.monotonic()
+    try:
+        place, fresh = maker(runner, force, jobs, display.note)
+    except BaseException:
+        runner.stop()
+        raise
+    display.note(f"libbpf: {'built' if fresh else 'cached'} ({time.monotonic() - before:.1f} s)")
+    return place, fresh
+
+
+def _traced(force: bool, jobs: int | None, as_json: bool) -> None:
+    started = time.monotonic()
+    with _display() as display:
+        place, fresh = _make(libbpf.traced, force, jobs, display)
+    library = place / "lib" / "libbpf.so.1"
+    if as_json:
+        seconds = round(time.monotonic() - started, 3)
+        result = {"cache": str(cache.root()), "seconds": seconds, "built": fresh, "library": str(library)}
+        click.echo(json.dumps(result, indent=2))
+        return
+    click.echo(library)
+    click.echo(f"  KFLEX_TRACE=/tmp/trace LD_PRELOAD={library} PROGRAM…", err=True)
 
 
 def _as_json(built: objects.Built, from_source: Path | None, seconds: float) -> dict[str, object]:
