@@ -66,7 +66,10 @@ static int kt_fd = -1;
 static dev_t kt_device;
 static ino_t kt_inode;
 
-/* The last mmap of this thread, if it failed: the next one with the same file and length is another try. */
+/*
+ * The last mmap of this thread, if it failed: the next one with the same file and length is another try. In a
+ * library loaded late, the dynamic linker allocates it at a thread's first traced mapping, and not before.
+ */
 static __thread struct {
 	int fd;
 	size_t length;

@@ -256,6 +256,12 @@ def test_no_descriptor_is_left(run: Run, tmp_path: Path) -> None:
     assert [event.get("name") for event in events(tmp_path / "trace")] == [None, "before", "after"]
 
 
+def test_few_descriptors(run: Run, tmp_path: Path) -> None:
+    few = (resource.RLIMIT_NOFILE, (64, 64))
+    unharmed(run("trace", "map", "children", preexec_fn=lambda: resource.setrlimit(*few)), said=False)
+    assert len(events(tmp_path / "trace")) == 3 + 2 + 3
+
+
 @pytest.mark.parametrize("how", ["removed", "replaced", "moved", "made a directory"])
 def test_a_file_that_is_taken_away(driver: Path, tmp_path: Path, how: str) -> None:
     trace, other = tmp_path / "trace", tmp_path / "other"
