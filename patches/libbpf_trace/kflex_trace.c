@@ -61,10 +61,16 @@ struct kt_line {
 
 int kflex_trace_state;
 
+/* A descriptor and the file it was for; programs close what they do not know, and numbers come again. */
+struct kt_file {
+	int fd;
+	dev_t device;
+	ino_t inode;
+};
+
 static char kt_path[PATH_MAX];
-static int kt_fd = -1;
-static dev_t kt_device;
-static ino_t kt_inode;
+static struct kt_file kt_trace = {.fd = -1};
+static struct kt_file kt_stderr = {.fd = -1};
 
 /*
  * The last mmap of this thread, if it failed: the next one with the same file and length is another try. In a
@@ -184,15 +190,19 @@ static int kt_open(void)
 	return high;
 }
 
-/* Whether the kept descriptor is what we opened; programs close what they do not know, and numbers come again. */
-static int kt_kept(void)
+static int kt_keep(struct kt_file *file, int fd, struct stat *found)
 {
-	struct stat now;
+	if (fstat(fd, found))
+		return errno;
+	file->fd = fd;
+	file->device = found->st_dev;
+	file->inode = found->st_ino;
+	return 0;
+}
 
-	if (fstat(kt_fd, &now) || now.st_dev != kt_device || now.st_ino != kt_inode)
-		return 0;
-	/* Somebody removed the file that we opened by name: its name has, or gets, another one. */
-	return !kt_path[0] || now.st_nlink;
+static int kt_kept(const struct kt_file *file, struct stat *now)
+{
+	return !fstat(file->fd, now) && now->st_dev == file->device && now->st_ino == file->inode;
 }
 
 /* One line, in one write that waits a moment at most; 0 or an errno. */
@@ -219,10 +229,12 @@ static int kt_write(int fd, const struct kt_line *line, int timeout_ms)
 
 static int kt_deliver(const struct kt_line *line)
 {
+	struct stat now;
 	int fd, error;
 
-	if (kt_kept())
-		return kt_write(kt_fd, line, KT_WRITE_TIMEOUT_MS);
+	/* Where somebody removed the file that was opened by name, its name has, or gets, another one. */
+	if (kt_kept(&kt_trace, &now) && (!kt_path[0] || now.st_nlink))
+		return kt_write(kt_trace.fd, line, KT_WRITE_TIMEOUT_MS);
 	if (!kt_path[0])
 		return EBADF;
 	/* For this line only: nothing that other threads use changes. */
@@ -238,13 +250,14 @@ static int kt_deliver(const struct kt_line *line)
 static void kt_stop(int error)
 {
 	struct kt_line line = {};
+	struct stat now;
 
-	if (!__atomic_exchange_n(&kflex_trace_state, 0, __ATOMIC_RELAXED))
+	if (!__atomic_exchange_n(&kflex_trace_state, 0, __ATOMIC_RELAXED) || !kt_kept(&kt_stderr, &now))
 		return;
 	kt_text(&line, "kflex-trace: no more is traced: errno ");
 	kt_digits(&line, error, 10);
 	kt_text(&line, " at what KFLEX_TRACE names\n");
-	kt_write(STDERR_FILENO, &line, 0);
+	kt_write(kt_stderr.fd, &line, 0);
 }
 
 /* Take back the signal that our own write raised. */
@@ -384,32 +397,28 @@ static int kt_start(const char *value)
 {
 	struct stat found;
 	size_t used = 0;
-	int flags;
+	int fd, flags;
 
 	if (!strncmp(value, "fd:", 3)) {
-		kt_fd = kt_given(value);
-		flags = kt_fd < 0 ? -1 : fcntl(kt_fd, F_GETFL);
-		if (flags < 0 || fstat(kt_fd, &found))
+		fd = kt_given(value);
+		flags = fd < 0 ? -1 : fcntl(fd, F_GETFL);
+		if (flags < 0 || kt_keep(&kt_trace, fd, &found))
 			return EBADF;
 		/* A number that was used again since: better no trace than lines in somebody's data. */
 		if ((flags & O_ACCMODE) == O_RDONLY || (S_ISREG(found.st_mode) && !(flags & O_APPEND)))
-			return EBADF;
-	} else {
-		/* The program may change its directory. */
-		if (value[0] != '/' && getcwd(kt_path, sizeof(kt_path) - 1)) {
-			used = strlen(kt_path);
-			kt_path[used++] = '/';
-		}
-		if (strlen(value) >= sizeof(kt_path) - used)
-			return ENAMETOOLONG;
-		memcpy(kt_path + used, value, strlen(value) + 1);
-		kt_fd = kt_open();
-		if (kt_fd < 0 || fstat(kt_fd, &found))
-			return errno;
+			return EINVAL;
+		return 0;
 	}
-	kt_device = found.st_dev;
-	kt_inode = found.st_ino;
-	return 0;
+	/* The program may change its directory. */
+	if (value[0] != '/' && getcwd(kt_path, sizeof(kt_path) - 1)) {
+		used = strlen(kt_path);
+		kt_path[used++] = '/';
+	}
+	if (strlen(value) >= sizeof(kt_path) - used)
+		return ENAMETOOLONG;
+	memcpy(kt_path + used, value, strlen(value) + 1);
+	fd = kt_open();
+	return fd < 0 ? errno : kt_keep(&kt_trace, fd, &found);
 }
 
 static void kt_limit(struct kt_line *line, const char *key, int resource)
@@ -426,6 +435,7 @@ __attribute__((constructor)) static void kt_load(void)
 	const char *value = secure_getenv("KFLEX_TRACE");
 	char program[KT_LONGEST_STRING + 1];
 	struct kt_line line;
+	struct stat found;
 	ssize_t length;
 	int error = errno;
 
@@ -445,6 +455,7 @@ __attribute__((constructor)) static void kt_load(void)
 	kt_string(&line, "program", program);
 	kt_limit(&line, "rlimit_as", RLIMIT_AS);
 	kt_limit(&line, "rlimit_memlock", RLIMIT_MEMLOCK);
+	kt_keep(&kt_stderr, STDERR_FILENO, &found);
 	kflex_trace_state = 1;
 	kt_end(&line, kt_start(value));
 	errno = error;

@@ -232,6 +232,13 @@ def test_a_given_descriptor_that_it_closes(run: Run, tmp_path: Path) -> None:
     assert len(events(tmp_path / "trace")) == 3
 
 
+def test_standard_error_that_is_somebodys_data(run: Run, tmp_path: Path) -> None:
+    with (tmp_path / "trace").open("ab") as stream:
+        fd = stream.fileno()
+        unharmed(run(f"fd:{fd}", "map", "close=2", "data", "map", pass_fds=[fd]), said=False)
+    assert set((tmp_path / "data").read_bytes()) == {ord("x")}
+
+
 def test_a_number_that_is_somebodys_data(run: Run, tmp_path: Path) -> None:
     data = tmp_path / "data"
     with data.open("wb") as stream:
