@@ -1,0 +1,1 @@
+"""Why the artifact does not run, here or elsewhere: read a trace or a log, try things, rank the causes."""

@@ -1,0 +1,276 @@
+"""A log, condensed: JSON lines of the instrumented libbpf, strace, libbpf's text, dmesg, or all of it mixed.
+
+Each line is sniffed by itself. Memory is bounded whatever the log's size: lines are cut at ``LONGEST_LINE``, kept events at ``KEPT`` of a kind, and a search of any number of tries is one ``Search``.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, BinaryIO
+
+from kflex_repro.diagnose.events import (
+    Definition,
+    Event,
+    Fact,
+    Failure,
+    Form,
+    MapCreate,
+    Mmap,
+    Search,
+    Unmap,
+    map_bytes,
+)
+from kflex_repro.diagnose.text import Lines, interesting
+
+LONGEST_LINE = 64 << 10
+KEPT = 200
+_BLOCK = 1 << 20
+# Threads whose search is open at a time, and maps whose definition was printed.
+_OPEN = 1024
+
+
+@dataclass
+class Log:
+    """A log, condensed. The lists hold failures only, successes are counted."""
+
+    lines: int = 0
+    size: int = 0
+    recognised: int = 0
+    forms: set[Form] = field(default_factory=set)
+    created: int = 0
+    searched: int = 0
+    recovered: int = 0
+    dropped: int = 0
+    mappings: int = 0
+    creates: list[MapCreate] = field(default_factory=list)
+    searches: list[Search] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    facts: dict[str, Fact] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> bool:
+        """Whether anything in it failed."""
+        return bool(self.creates or self.searches or self.failures)
+
+
+def split_lines(
+    stream: BinaryIO, progress: Callable[[int], None] = lambda _: None
+) -> Iterator[tuple[int, bytes]]:
+    """(line number, line without its end), each cut at LONGEST_LINE; ``progress`` gets bytes read."""
+    number, rest, cut = 1, b"", False
+    while block := stream.read(_BLOCK):
+        progress(len(block))
+        parts = (rest + block).split(b"\n")
+        rest = parts.pop()
+        for part in parts:
+            # The head of an overlong line was given already; what followed is not a line of its own.
+            if not cut:
+                yield number, part[:LONGEST_LINE]
+            cut = False
+            number += 1
+        if len(rest) > LONGEST_LINE:
+            if not cut:
+                yield number, rest[:LONGEST_LINE]
+            rest, cut = b"", True
+    if rest and not cut:
+        yield number, rest[:LONGEST_LINE]
+
+
+def read(stream: BinaryIO, progress: Callable[[int], None] = lambda _: None) -> Log:
+    """The log of a binary stream, read once from front to end."""
+    collector = Collector()
+    lines, size = Lines(), 0
+
+    def count(amount: int) -> None:
+        nonlocal size
+        size += amount
+        progress(amount)
+
+    number = 0
+    for number, line in split_lines(stream, count):
+        if interesting(line):
+            collector.take(lines.events(line.decode("utf-8", "replace"), number))
+    log = collector.finish()
+    log.lines, log.size = number, size
+    return log
+
+
+class Collector:
+    """Turns events into a Log: joins tries, drops what was retried with success, merges accounts."""
+
+    def __init__(self) -> None:
+        self._log = Log()
+        self._open: OrderedDict[tuple[int, int], Search] = OrderedDict()
+        self._definitions: OrderedDict[str, dict[str, int]] = OrderedDict()
+
+    def take(self, events: Iterable[Event]) -> None:
+        for event in events:
+            self._log.recognised += 1
+            if isinstance(event, Mmap):
+                self._mmap(event)
+            elif isinstance(event, MapCreate):
+                self._create(event)
+            elif isinstance(event, Failure):
+                self._keep(self._log.failures, event)
+            elif isinstance(event, Fact):
+                self._log.facts[event.key] = event
+            elif isinstance(event, Definition):
+                self._definitions.setdefault(event.map, {})[event.attribute] = event.value
+                if len(self._definitions) > _OPEN:
+                    self._definitions.popitem(last=False)
+            else:
+                self._log.mappings -= 1
+            if not isinstance(event, Fact | Definition | Unmap):
+                self._log.forms.add(event.form)
+
+    def finish(self) -> Log:
+        while self._open:
+            self._close(self._open.popitem(last=False)[1])
+        log = self._log
+        log.creates = [self._defined(event) for event in _merged_creates(log)]
+        log.searches = [self._sized(event) for event in _merged_searches(log.searches)]
+        return log
+
+    def _keep(self, kept: list[Any], event: object) -> None:
+        if len(kept) < KEPT:
+            kept.append(event)
+        else:
+            # The first failures tell what began it, the last what ended it: let the middle go.
+            kept.pop(KEPT // 2)
+            kept.append(event)
+            self._log.dropped += 1
+
+    def _create(self, event: MapCreate) -> None:
+        for key in [key for key in self._open if key[0] == event.pid]:
+            self._close(self._open.pop(key))
+        if event.errno:
+            self._keep(self._log.creates, event)
+            return
+        self._log.created += 1
+        # libbpf tries again without BTF, or with a shorter name: only the last answer counts.
+        left = [old for old in self._log.creates if (old.pid, old.name) != (event.pid, event.name)]
+        self._log.recovered += len(self._log.creates) - len(left)
+        self._log.creates = left
+
+    def _mmap(self, event: Mmap) -> None:
+        if event.form == "libbpf":
+            self._close(_single(event, tries=0))
+            return
+        key = (event.pid, event.tid)
+        search = self._open.pop(key, None)
+        if search is not None and not _continues(search, event):
+            self._close(search)
+            search = None
+        if search is None:
+            search = _single(event, tries=1)
+        else:
+            step = search.step or event.hint - search.last
+            search = replace(
+                search,
+                last=event.hint,
+                step=step,
+                tries=search.tries + 1,
+                errno=event.errno,
+                address=event.address,
+            )
+        if search.errno == 0:
+            self._close(search)
+            return
+        self._open[key] = search
+        if len(self._open) > _OPEN:
+            self._close(self._open.popitem(last=False)[1])
+
+    def _close(self, search: Search) -> None:
+        if search.errno:
+            self._keep(self._log.searches, search)
+            return
+        self._log.mappings += 1
+        if search.tries > 1 or search.map:
+            self._log.searched += 1
+        left = [
+            old
+            for old in self._log.searches
+            if (old.pid, old.length, old.fd) != (search.pid, search.length, search.fd)
+        ]
+        self._log.recovered += len(self._log.searches) - len(left)
+        self._log.searches = left
+
+    def _defined(self, event: MapCreate) -> MapCreate:
+        known = self._definitions.get(event.name, {})
+        entries = event.entries if event.entries is not None else known.get("max_entries")
+        value = event.value_size if event.value_size is not None else known.get("value_size")
+        size = event.bytes
+        if size is None and entries is not None and value is not None:
+            size = map_bytes(entries, value)
+        type = event.type if event.type is not None else known.get("type")
+        return replace(event, entries=entries, value_size=value, bytes=size, type=type)
+
+    def _sized(self, event: Search) -> Search:
+        known = self._definitions.get(event.map, {})
+        if event.length is None and {"max_entries", "value_size"} <= known.keys():
+            return replace(event, length=map_bytes(known["max_entries"], known["value_size"]))
+        return event
+
+
+def _single(event: Mmap, tries: int) -> Search:
+    return Search(
+        map=event.map,
+        errno=event.errno,
+        length=event.length,
+        first=event.hint,
+        last=event.hint,
+        tries=tries,
+        flags=event.flags,
+        fd=event.fd,
+        address=event.address,
+        pid=event.pid,
+        line=event.line,
+        form=event.form,
+    )
+
+
+def _continues(search: Search, event: Mmap) -> bool:
+    """Whether an mmap is the next try of a search: the same thing at another address, in the same stride."""
+    if (search.length, search.fd, search.flags) != (event.length, event.fd, event.flags) or not event.hint:
+        return False
+    step = event.hint - search.last
+    return step != 0 and search.step in (0, step)
+
+
+def _merged_creates(log: Log) -> list[MapCreate]:
+    """One failure for each map and errno, the account that says most; none where the mmap is what failed."""
+    # libbpf says "failed to create" for whatever went wrong with the map, the artifact's mmap included. The
+    # system calls, where the log has them, know better.
+    seen = log.created or any(event.form != "libbpf" for event in log.creates)
+    mapped = {search.errno for search in log.searches if seen or search.form == "libbpf"}
+    best: dict[tuple[str, int], MapCreate] = {}
+    for event in sorted(log.creates, key=lambda event: event.form == "libbpf"):
+        key = (event.name, event.errno)
+        # A kernel's name has 15 characters, libbpf's text the whole.
+        same = next((old for old in best if old[1] == key[1] and old[0][:15] == key[0][:15]), None)
+        if event.form == "libbpf" and same is None and event.errno in mapped:
+            continue
+        old = best.get(same) if same else None
+        if old is None or (old.bytes is None and event.bytes is not None):
+            if same:
+                del best[same]
+            best[key] = event
+    return list(best.values())
+
+
+def _same_name(one: str, other: str) -> bool:
+    return one[:15] == other[:15]
+
+
+def _merged_searches(searches: list[Search]) -> list[Search]:
+    """Without libbpf's one-line account of a search whose tries are in the log too."""
+    told = [search for search in searches if search.tries]
+    if not any(search.tries > 1 for search in told):
+        return searches
+    merged = []
+    for search in told:
+        name = next((s.map for s in searches if not s.tries and s.errno == search.errno), "")
+        merged.append(replace(search, map=search.map or name))
+    return merged
