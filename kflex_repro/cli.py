@@ -21,6 +21,10 @@ from kflex_repro.errors import KflexError
 _LAZY = {
     "bench": ("kflex_repro.bench.cli:group", "Benchmark plain Redis against the offload, pair by pair."),
     "build": ("kflex_repro.build.cli:build", "Build the BPF objects and the Redis module."),
+    "diagnose": (
+        "kflex_repro.diagnose.cli:diagnose",
+        "Why the KFlex artifact fails, and what to do about it.",
+    ),
     "doctor": ("kflex_repro.host_cli:doctor", "What this machine can do, and what is missing."),
     "fit-heap": ("kflex_repro.heap.fit_cli:fit_heap", "Fit a KFlex tree's heaps and capacities to a size."),
     "heap": ("kflex_repro.heap.cli:group", "The artifact's heap: why it can be mapped, or not."),

@@ -86,7 +86,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Fact:
-    """Something the log says about its machine: ``ram_total``, ``kernel``, ``rlimit_as``, …; and the words."""
+    """Something the log says about its machine: ``ram_total``, ``kernel``, ``rlimit_as``, …"""
 
     key: str
     value: int | str

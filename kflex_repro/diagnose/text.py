@@ -287,8 +287,12 @@ def _created(match: re.Match[str], number: int) -> Event:
     return MapCreate(name=match.group(1), errno=errno_of(match.group(2)), line=number, form="libbpf")
 
 
-def _not_mapped(match: re.Match[str], number: int) -> Event:
-    return Mmap(map=match.group(1), errno=errno_of(match.group(2)), line=number, form="libbpf")
+def _not_mapped(flags: int) -> _Make:
+    def make(match: re.Match[str], number: int) -> Event:
+        code = errno_of(match.group(2))
+        return Mmap(map=match.group(1), errno=code, flags=flags, line=number, form="libbpf")
+
+    return make
 
 
 def _failed(call: str) -> _Make:
@@ -304,8 +308,9 @@ def _size_word(text: str) -> int:
 
 
 _LIBBPF: tuple[tuple[re.Pattern[str], _Make], ...] = (
-    (re.compile(r"failed to mmap (?:heap )?map '([^']+)':? (.+)"), _not_mapped),
-    (re.compile(r"map '([^']+)': failed to mmap (?:\w+): (.+)"), _not_mapped),
+    # The artifact's libbpf alone says this, after a search with these flags; the second is stock libbpf's.
+    (re.compile(r"failed to mmap heap map '([^']+)':? (.+)"), _not_mapped(MAP_SHARED | MAP_FIXED_NOREPLACE)),
+    (re.compile(r"map '([^']+)': failed to mmap(?: \w+)?: (.+)"), _not_mapped(MAP_SHARED)),
     (re.compile(r"map '([^']+)': failed to create: (.+)"), _created),
     (re.compile(r"Error in bpf_create_map(?:_xattr)?\(([^)]*)\): ?(.+?)\. Retrying"), _created),
     (

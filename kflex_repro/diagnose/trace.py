@@ -1,6 +1,7 @@
 """A log, condensed: JSON lines of the instrumented libbpf, strace, libbpf's text, dmesg, or all of it mixed.
 
-Each line is sniffed by itself. Memory is bounded whatever the log's size: lines are cut at ``LONGEST_LINE``, kept events at ``KEPT`` of a kind, and a search of any number of tries is one ``Search``.
+Each line is sniffed by itself. Memory is bounded whatever the log's size: lines are cut at
+``LONGEST_LINE``, kept events at ``KEPT`` of a kind, and a search of any number of tries is one ``Search``.
 """
 
 from __future__ import annotations
@@ -52,17 +53,19 @@ class Log:
     @property
     def failed(self) -> bool:
         """Whether anything in it failed."""
-        return bool(self.creates or self.searches or self.failures)
+        return bool(self.everything)
+
+    @property
+    def everything(self) -> tuple[MapCreate | Search | Failure, ...]:
+        """All failures."""
+        return (*self.creates, *self.searches, *self.failures)
 
 
-def split_lines(
-    stream: BinaryIO, progress: Callable[[int], None] = lambda _: None
-) -> Iterator[tuple[int, bytes]]:
-    """(line number, line without its end), each cut at LONGEST_LINE; ``progress`` gets bytes read."""
+def split_chunks(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """(line number, line without its end), each cut at LONGEST_LINE."""
     number, rest, cut = 1, b"", False
-    while block := stream.read(_BLOCK):
-        progress(len(block))
-        parts = (rest + block).split(b"\n")
+    for chunk in chunks:
+        parts = (rest + chunk).split(b"\n")
         rest = parts.pop()
         for part in parts:
             # The head of an overlong line was given already; what followed is not a line of its own.
@@ -78,18 +81,26 @@ def split_lines(
         yield number, rest[:LONGEST_LINE]
 
 
-def read(stream: BinaryIO, progress: Callable[[int], None] = lambda _: None) -> Log:
-    """The log of a binary stream, read once from front to end."""
-    collector = Collector()
-    lines, size = Lines(), 0
+def read(
+    stream: BinaryIO,
+    progress: Callable[[int], None] = lambda _: None,
+    collector: Collector | None = None,
+) -> Log:
+    """The log of a binary stream, read once from front to end; ``progress`` gets the bytes of each block.
 
-    def count(amount: int) -> None:
+    ``collector``: one that has taken what belongs to it already.
+    """
+    collector = collector or Collector()
+    lines, size, number = Lines(), 0, 0
+
+    def blocks() -> Iterator[bytes]:
         nonlocal size
-        size += amount
-        progress(amount)
+        while block := stream.read(_BLOCK):
+            size += len(block)
+            progress(len(block))
+            yield block
 
-    number = 0
-    for number, line in split_lines(stream, count):
+    for number, line in split_chunks(blocks()):
         if interesting(line):
             collector.take(lines.events(line.decode("utf-8", "replace"), number))
     log = collector.finish()
@@ -245,23 +256,16 @@ def _merged_creates(log: Log) -> list[MapCreate]:
     # system calls, where the log has them, know better.
     seen = log.created or any(event.form != "libbpf" for event in log.creates)
     mapped = {search.errno for search in log.searches if seen or search.form == "libbpf"}
-    best: dict[tuple[str, int], MapCreate] = {}
-    for event in sorted(log.creates, key=lambda event: event.form == "libbpf"):
-        key = (event.name, event.errno)
+    best: dict[tuple[object, ...], MapCreate] = {}
+    for event in log.creates:
+        if event.form != "libbpf":
+            best.setdefault((event.name, event.errno, event.type, event.bytes), event)
+    for event in log.creates:
         # A kernel's name has 15 characters, libbpf's text the whole.
-        same = next((old for old in best if old[1] == key[1] and old[0][:15] == key[0][:15]), None)
-        if event.form == "libbpf" and same is None and event.errno in mapped:
-            continue
-        old = best.get(same) if same else None
-        if old is None or (old.bytes is None and event.bytes is not None):
-            if same:
-                del best[same]
-            best[key] = event
+        known = any(key[1] == event.errno and str(key[0])[:15] == event.name[:15] for key in best)
+        if event.form == "libbpf" and not known and event.errno not in mapped:
+            best[event.name, event.errno] = event
     return list(best.values())
-
-
-def _same_name(one: str, other: str) -> bool:
-    return one[:15] == other[:15]
 
 
 def _merged_searches(searches: list[Search]) -> list[Search]:
