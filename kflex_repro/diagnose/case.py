@@ -52,7 +52,9 @@ class Case:
 
     def declared(self, map_name: str) -> tuple[Heap, ...]:
         """The heaps that a map of the log may be: the tree's, else the published, by object."""
-        stem = str(self.log.facts["object"].value) if "object" in self.log.facts else ""
+        # libbpf names an object by its skeleton, or by the file it was opened from.
+        told = str(self.log.facts["object"].value) if "object" in self.log.facts else ""
+        stem = told.rpartition("/")[2].partition(".")[0]
         pool = self.heaps or PUBLISHED
         by_object = tuple(h for h in pool if stem and h.file.rpartition("/")[2].startswith(stem + "."))
         named = tuple(h for h in by_object if not map_name or h.name[:15] == map_name[:15])

@@ -7,7 +7,7 @@ from typing import Literal
 
 from kflex_repro.diagnose.case import Case
 from kflex_repro.diagnose.events import MAP_FIXED_NOREPLACE, MapCreate, Search
-from kflex_repro.heap import model
+from kflex_repro.heap import model, search
 
 Confidence = Literal["certain", "likely", "possible"]
 GIB = 1 << 30
@@ -51,3 +51,9 @@ def fit(case: Case) -> str:
     """What to do about a heap that is too large."""
     size = largest_gb(case)
     return f"kflex-repro fit-heap --gb {size} --source DIR" if size else "a machine with more RAM"
+
+
+def fits(size: int, bits: int) -> bool:
+    """Whether a heap of ``size`` bytes, aligned to its size, fits a user address space at all."""
+    whole = 1 << (size - 1).bit_length()
+    return search.on_paper(search.fixed(whole, bits), search.task_size(bits)).address is not None

@@ -19,6 +19,8 @@ from kflex_repro.heap.model import Heap
 
 _STRACE = "strace -f -o LOG -e trace=bpf,mmap,munmap,openat,prlimit64 COMMAND"
 _UNSIZED_TRY = 4 << 30
+# Beyond it no machine has the addresses.
+_LARGEST_TRY = 1 << 56
 
 
 def of_log(
@@ -81,7 +83,7 @@ def _tried(case: Case, ranked: Sequence[Cause]) -> list[Ruled]:
 def _ram_is_there(case: Case, event: Search) -> Ruled:
     size = case.size(event)
     how = "the map had been created, so its memory was allocated, before it was mapped"
-    if size:
+    if size and size[0] & (size[0] - 1) == 0 and size[0] <= _LARGEST_TRY:
         outcome = search.for_real(search.fixed(size[0]))
         if outcome.address is not None:
             how += f"; here the same mmap works inside user space, at {outcome.address:#x}"
@@ -137,7 +139,8 @@ def of_machine(heaps: Sequence[Heap], applied: frozenset[str] = frozenset()) -> 
         create = MapCreate(heap.name, 0, ARTIFACT_HEAP_TYPE, "heap", 4096, heap.pages, bytes=heap.bytes)
         if heap.bytes & (heap.bytes - 1):
             log.creates.append(_failed(create, errno.ENOENT))
-        elif heap.ram_bytes > int(known.get("ram_available", ram)) or 0 <= limit < heap.bytes:
+            continue
+        if heap.ram_bytes > int(known.get("ram_available", ram)) or 0 <= limit < heap.bytes:
             log.creates.append(_failed(create, errno.ENOMEM))
         plan = search.fixed(heap.bytes) if "address-search" in applied else search.artifact(heap.bytes)
         outcome = search.for_real(plan)

@@ -10,6 +10,7 @@ from kflex_repro.diagnose.cause import (
     Cause,
     Confidence,
     fit,
+    fits,
     is_search,
 )
 from kflex_repro.diagnose.events import MAP_ANONYMOUS, MAP_PRIVATE, describe, size_text
@@ -47,6 +48,8 @@ def address_search(case: Case) -> Cause | None:
                 )
             confidence: Confidence = "certain" if sure or lowest >= 1 << COMMON_BITS else "likely"
         elif size:
+            if size[0] & (size[0] - 1):
+                continue
             outcome = search.on_paper(search.artifact(size[0]), end)
             if outcome.address is not None:
                 continue
@@ -96,7 +99,7 @@ def address_space(case: Case) -> Cause | None:
         size = case.size(event)
         if event.errno != errno.ENOMEM or size is None:
             continue
-        if search.on_paper(search.fixed(size[0], bits), search.task_size(bits)).address is not None:
+        if fits(size[0], bits):
             continue
         return Cause(
             "address-space",

@@ -40,6 +40,8 @@ def run(command: Sequence[str], libbpf: Path | None, output_to_stderr: bool) -> 
     ``libbpf`` is the directory of the traced libbpf.so.1; None: strace. What the command prints passes
     through (to standard error if asked), and what it prints on standard error is read as a log too.
     """
+    if shutil.which(command[0]) is None:
+        raise KflexError("no such program, or not executable", command[0])
     with tempfile.TemporaryDirectory(prefix="kflex-diagnose-") as scratch:
         record = Path(scratch) / "trace"
         environment = dict(os.environ)
@@ -63,10 +65,10 @@ def run(command: Sequence[str], libbpf: Path | None, output_to_stderr: bool) -> 
         collector = trace.Collector()
         child = _start(arguments, environment, output_to_stderr)
         assert child.stderr is not None
-        with _ending(child):
+        with _ending(child, under_strace=libbpf is None):
             reader = threading.Thread(target=_copy, args=(child.stderr, collector), daemon=True)
             reader.start()
-            interrupted = _wait(child)
+            interrupted = _wait(child, under_strace=libbpf is None)
             # Not reaped yet: the kernel still knows the limits that it ran under.
             limits = probes.limits_of(child.pid)
             status = child.wait()
@@ -115,21 +117,33 @@ def _start(
 
 
 @contextlib.contextmanager
-def _ending(child: subprocess.Popen[bytes]) -> Iterator[None]:
+def _ending(child: subprocess.Popen[bytes], under_strace: bool) -> Iterator[None]:
     """Whatever happens to us, the command does not outlive it."""
     try:
         yield
     finally:
         if child.poll() is None:
-            child.terminate()
+            _signal(child, under_strace, signal.SIGTERM)
             try:
                 child.wait(_GRACE_S)
             except subprocess.TimeoutExpired:
-                child.kill()
+                _signal(child, under_strace, signal.SIGKILL)
                 child.wait()
 
 
-def _wait(child: subprocess.Popen[bytes]) -> bool:
+def _signal(child: subprocess.Popen[bytes], under_strace: bool, signum: signal.Signals) -> None:
+    """Send a signal to the command. strace holds signals to itself back, and killed would let it run on."""
+    targets = [child.pid]
+    if under_strace:
+        children = Path(f"/proc/{child.pid}/task/{child.pid}/children")
+        with contextlib.suppress(OSError):
+            targets = [int(pid) for pid in children.read_text().split()] or targets
+    for pid in targets:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signum)
+
+
+def _wait(child: subprocess.Popen[bytes], under_strace: bool) -> bool:
     """Wait for the end without reaping; True if Ctrl-C was what ended it."""
     interrupted = False
     while True:
@@ -138,7 +152,7 @@ def _wait(child: subprocess.Popen[bytes]) -> bool:
             return interrupted
         except KeyboardInterrupt:
             # The terminal sent it to the command too; a second one means it.
-            child.send_signal(signal.SIGKILL if interrupted else signal.SIGINT)
+            _signal(child, under_strace, signal.SIGKILL if interrupted else signal.SIGINT)
             interrupted = True
         except ChildProcessError:
             return interrupted
@@ -164,9 +178,12 @@ def traced_libbpf(report: Callable[[str], None]) -> Path | None:
     """The directory of the traced libbpf, built if need be; None where it cannot be (``report`` says why)."""
     from kflex_repro.build import libbpf, toolchain
 
+    build = getattr(libbpf, "traced", None)
+    if build is None:
+        return None
     runner = toolchain.Runner()
     try:
-        place, _ = libbpf.traced(runner, report=report)
+        place, _ = build(runner, report=report)
     except KflexError as error:
         report(f"no traced libbpf: {error}")
         return None

@@ -75,16 +75,20 @@ def errno_of(text: str) -> int:
 
 
 def _int(value: Any, default: int | None = None) -> int | None:
-    if isinstance(value, bool):
-        return default
-    if isinstance(value, int):
-        return value
+    """A number as JSON or C has it, where it can be one of the kernel's; else ``default``."""
     if isinstance(value, str):
         try:
-            return int(value, 0)
+            value = int(value, 0)
         except ValueError:
             return default
-    return default
+    if isinstance(value, bool) or not isinstance(value, int) or not -1 <= value < 1 << 64:
+        return default
+    return value
+
+
+def _size(value: Any) -> int | None:
+    size = _int(value)
+    return size if size and size > 0 else None
 
 
 def _json(line: str, number: int) -> Iterable[Event]:
@@ -110,7 +114,7 @@ def _json(line: str, number: int) -> Iterable[Event]:
             value_size=value,
             entries=entries,
             flags=_int(record.get("flags")),
-            bytes=_int(record.get("bytes")),
+            bytes=_size(record.get("bytes")),
             pid=pid,
             line=number,
             form="trace",
@@ -120,7 +124,7 @@ def _json(line: str, number: int) -> Iterable[Event]:
         yield Mmap(
             map=str(record.get("map", "")),
             errno=code,
-            length=_int(record.get("length")),
+            length=_size(record.get("length")),
             hint=_int(record.get("hint"), 0) or 0,
             flags=_int(record.get("flags")),
             fd=_int(record.get("fd"), -1) or 0,
