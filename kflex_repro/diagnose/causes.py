@@ -14,9 +14,12 @@ from kflex_repro.diagnose.cause import (
     Cause,
     fit,
 )
-from kflex_repro.diagnose.events import describe
+from kflex_repro.diagnose.events import describe, size_text
 from kflex_repro.diagnose.probes import is_permission
+from kflex_repro.heap import model
 
+# The capacities of the published src/Main.cpp.
+_PUBLISHED_OBJECTS = 10_000_000
 _ORDER: dict[str, int] = {"certain": 0, "likely": 1, "possible": 2}
 
 
@@ -102,18 +105,24 @@ def out_of_heap(case: Case) -> Cause | None:
     """The program aborts where its heap is used up."""
     for failure in case.log.failures:
         if failure.call == "out-of-heap":
+            cpus = model.possible_cpus()
+            retained, freed = (
+                size_text(model.need(_PUBLISHED_OBJECTS, model.Allocator(cpus=cpus, retain=retain)).bytes)
+                for retain in (True, False)
+            )
             return Cause(
                 "out-of-heap",
                 "The heap is too small for the capacities compiled into the program",
                 "likely",
                 (
                     describe(failure),
-                    "the artifact takes .value() of a failed allocation: an abort that says "
-                    "nothing of memory; its "
-                    "10,000,000 objects take about 12.5 GB of heap",
+                    "the artifact takes .value() of a failed allocation: it aborts, and says nothing of memory",
+                    f"the published {_PUBLISHED_OBJECTS:,} objects take {retained} of heap, {freed} with "
+                    "jemalloc's retain:false",
                 ),
                 (
-                    "kflex-repro fit-heap --gb N --source DIR (it changes the capacities too)",
+                    "MALLOC_CONF=retain:false in the program's environment (docs/heap.md says why)",
+                    "kflex-repro fit-heap --auto --source DIR (it changes the capacities too)",
                     "kflex-repro patch apply out-of-heap --source DIR (says it in words next time)",
                 ),
                 "fit-heap",

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 from kflex_repro.diagnose import diagnosis, report, run, trace
 from kflex_repro.diagnose.case import Where
 from kflex_repro.diagnose.cause import Cause
-from kflex_repro.errors import KflexError
+from kflex_repro.errors import EXIT_FAILED, KflexError
 from kflex_repro.heap.model import Heap
 
 
@@ -87,6 +87,8 @@ def diagnose(
         found = diagnosis.of_log(_read(log_path), where, heaps)
     else:
         found = diagnosis.of_machine(heaps, applied)
+    if source is not None:
+        found = replace(found, causes=tuple(_addressed(cause, source) for cause in found.causes))
     if out is not None:
         _write(out, json.dumps(report.as_json(found), indent=2) + "\n")
     if as_json:
@@ -94,8 +96,14 @@ def diagnose(
     else:
         report.show(Console(width=None if sys.stdout.isatty() else 160, highlight=False), found)
     if fix and source is not None:
-        _fix(found.causes, source, dry_run, as_json, found)
+        repaired = _fix(found.causes, source, dry_run, as_json)
+        sys.exit(found.exit_code if repaired else EXIT_FAILED)
     sys.exit(found.exit_code)
+
+
+def _addressed(cause: Cause, source: Path) -> Cause:
+    """The cause with commands that name the tree."""
+    return replace(cause, fix=tuple(line.replace("--source DIR", f"--source {source}") for line in cause.fix))
 
 
 def _of_command(
@@ -157,22 +165,23 @@ def _write(path: Path, text: str) -> None:
         raise KflexError(f"cannot write the report: {error.strerror}", str(path)) from None
 
 
-def _fix(
-    causes: tuple[Cause, ...], source: Path, dry_run: bool, as_json: bool, found: report.Diagnosis
-) -> None:
-    """Run the commands that the report recommends, as a user would."""
+def _fix(causes: tuple[Cause, ...], source: Path, dry_run: bool, as_json: bool) -> bool:
+    """Run the commands that the report recommends, as a user would; False if one of them could not."""
     from kflex_repro.cli import cli
 
     recipes = dict.fromkeys(cause.recipe for cause in causes if cause.recipe)
-    target = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
-    with target:
+    repaired = True
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
         if not recipes:
             click.echo("\nNothing that was found can be repaired in the source tree.")
         for recipe in recipes:
-            if recipe == "fit-heap":
-                arguments = ["fit-heap", "--auto", "--source", str(source)]
-            else:
-                arguments = ["patch", "apply", recipe, "--source", str(source)]
-            arguments += ["--dry-run"] * dry_run
+            arguments = ["fit-heap", "--auto"] if recipe == "fit-heap" else ["patch", "apply", recipe]
+            arguments += ["--source", str(source), *["--dry-run"] * dry_run]
             click.echo(f"\n$ kflex-repro {' '.join(arguments)}")
-            cli.main(args=arguments, prog_name="kflex-repro", standalone_mode=False)
+            try:
+                cli.main(args=arguments, prog_name="kflex-repro", standalone_mode=False)
+            except KflexError as error:
+                # The others may still be repaired.
+                click.echo(f"kflex-repro: {error}", err=True)
+                repaired = False
+    return repaired

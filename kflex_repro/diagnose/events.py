@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 Form = Literal["trace", "strace", "libbpf", "kernel", "text"]
 
@@ -32,9 +32,11 @@ class MapCreate:
     form: Form = "text"
 
 
-@dataclass(frozen=True)
-class Mmap:
-    """One mmap call, a search's try or not; ``length`` and ``flags`` None where the log does not say."""
+class Mmap(NamedTuple):
+    """One mmap call, a search's try or not; ``length`` and ``flags`` None where the log does not say.
+
+    A tuple, because a log can have millions of them.
+    """
 
     map: str
     errno: int
@@ -128,7 +130,7 @@ def describe(event: MapCreate | Search | Failure) -> str:
         numbers = (
             f" ({event.entries} x {event.value_size} bytes)" if event.entries and event.value_size else ""
         )
-        kind = event.type_name or (f"type {event.type}" if event.type is not None else "")
+        kind = f"type {event.type_name or event.type}" if event.type_name or event.type is not None else ""
         return f"{where}creating map{name}{asked}{numbers}{', ' + kind if kind else ''}: {error}"
     if isinstance(event, Search):
         name = f" map '{event.map}'" if event.map else ""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import asdict, dataclass
 
-from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
+from rich.console import Console
 from rich.text import Text
 
 from kflex_repro.diagnose.case import Case
@@ -102,9 +102,13 @@ def headline(found: Diagnosis) -> str:
     return f"{found.causes[0].title} ({found.causes[0].confidence})."
 
 
-def _indented(text: RenderableType) -> Padding:
-    # Unless told not to, rich fills the line with blanks.
-    return Padding(text, (0, 0, 0, 3), expand=False)
+def _say(console: Console, line: str, style: str = "", bold: int = 0) -> None:
+    """Print a paragraph, indented, wrapped without the blanks that rich fills lines with."""
+    for number, piece in enumerate(textwrap.wrap(line, max(40, console.width - 3)) or [""]):
+        text = Text(piece, style)
+        if number == 0:
+            text.stylize("bold", 0, bold)
+        console.print(Text("   ") + text, soft_wrap=True)
 
 
 def show(console: Console, found: Diagnosis) -> None:
@@ -112,26 +116,23 @@ def show(console: Console, found: Diagnosis) -> None:
     style = "bold yellow" if found.unknown else "bold red" if found.causes else "bold green"
     console.print(Text(headline(found), style))
     for rank, cause in enumerate(found.causes, 1):
-        title = Text.assemble(
-            f"\n{rank}. ", (cause.title, "bold"), " ", (f"[{cause.confidence}]", _STYLE[cause.confidence])
-        )
-        console.print(title)
-        lines = [Text(f"- {line}") for line in cause.evidence]
-        lines += [
-            Text(f"fix: {line}" if n == 0 else f"     {line}", "green") for n, line in enumerate(cause.fix)
-        ]
-        console.print(_indented(Group(*lines)))
+        label = (f"[{cause.confidence}]", _STYLE[cause.confidence])
+        console.print(Text.assemble(f"\n{rank}. ", (cause.title, "bold"), " ", label))
+        for line in cause.evidence:
+            _say(console, f"- {line}")
+        for number, line in enumerate(cause.fix):
+            _say(console, f"{'     ' if number else 'fix: '}{line}", "green")
     if found.ruled_out:
         console.print(Text("\nRuled out, so changing it cannot help:", "bold"))
         for one in found.ruled_out:
-            console.print(_indented(Text.assemble((one.title, "bold"), f": {one.how}")))
+            _say(console, f"{one.title}: {one.how}", bold=len(one.title))
     if found.collect:
         console.print(Text("\nTo find out, collect:", "bold"))
         for line in found.collect:
-            console.print(_indented(Text(f"- {line}")))
+            _say(console, f"- {line}")
     if found.unknown and found.case.log.failed:
         console.print(Text("\nWhat failed:", "bold"))
         for event in found.case.log.everything[:20]:
-            console.print(_indented(Text(f"- {describe(event)}")))
+            _say(console, f"- {describe(event)}")
     for note in found.notes:
-        console.print(Text(f"\nNote: {note}"))
+        console.print(Text(f"\nNote: {note}"), soft_wrap=True)

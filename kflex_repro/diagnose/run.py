@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from kflex_repro.diagnose import probes, trace
+from kflex_repro.diagnose.text import Lines
 from kflex_repro.errors import KflexError, Unavailable
 
 STRACE_CALLS = "bpf,mmap,munmap,mremap,brk,clone,clone3,fork,vfork,prlimit64,setrlimit,openat,open"
@@ -160,7 +161,7 @@ def _wait(child: subprocess.Popen[bytes], under_strace: bool) -> bool:
 
 def _copy(stream: BinaryIO, collector: trace.Collector) -> None:
     """Pass standard error on, as it comes, and read it."""
-    lines = trace.Lines()
+    lines = Lines()
 
     def chunks() -> Iterator[bytes]:
         while chunk := os.read(stream.fileno(), 1 << 16):
@@ -169,9 +170,8 @@ def _copy(stream: BinaryIO, collector: trace.Collector) -> None:
             yield chunk
 
     with contextlib.suppress(OSError, ValueError):
-        for number, line in trace.split_chunks(chunks()):
-            if trace.interesting(line):
-                collector.take(lines.events(line.decode("utf-8", "replace"), number))
+        for number, line in trace.candidates(chunks()):
+            collector.take(lines.events(line.decode("utf-8", "replace"), number))
 
 
 def traced_libbpf(report: Callable[[str], None]) -> Path | None:

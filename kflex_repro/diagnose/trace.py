@@ -23,7 +23,7 @@ from kflex_repro.diagnose.events import (
     Unmap,
     map_bytes,
 )
-from kflex_repro.diagnose.text import Lines, interesting
+from kflex_repro.diagnose.text import TOKENS, Lines
 
 LONGEST_LINE = 64 << 10
 KEPT = 200
@@ -34,7 +34,10 @@ _OPEN = 1024
 
 @dataclass
 class Log:
-    """A log, condensed. The lists hold failures only, successes are counted."""
+    """A log, condensed. The lists hold failures only, successes are counted.
+
+    ``mappings``: the most that one process had at a time, as far as the log shows.
+    """
 
     lines: int = 0
     size: int = 0
@@ -61,24 +64,43 @@ class Log:
         return (*self.creates, *self.searches, *self.failures)
 
 
-def split_chunks(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """(line number, line without its end), each cut at LONGEST_LINE."""
-    number, rest, cut = 1, b"", False
+def candidates(chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """(line number, line) of the lines that may say something, each cut at LONGEST_LINE."""
+    number, rest, skipping = 1, b"", False
     for chunk in chunks:
-        parts = (rest + chunk).split(b"\n")
-        rest = parts.pop()
-        for part in parts:
-            # The head of an overlong line was given already; what followed is not a line of its own.
-            if not cut:
-                yield number, part[:LONGEST_LINE]
-            cut = False
-            number += 1
-        if len(rest) > LONGEST_LINE:
-            if not cut:
-                yield number, rest[:LONGEST_LINE]
-            rest, cut = b"", True
-    if rest and not cut:
-        yield number, rest[:LONGEST_LINE]
+        data = rest + chunk
+        rest = b""
+        if skipping:
+            end = data.find(b"\n")
+            if end < 0:
+                continue
+            data, number, skipping = data[end + 1 :], number + 1, False
+        last = data.rfind(b"\n") + 1
+        if len(data) - last > LONGEST_LINE:
+            # The head of an overlong line is read, what follows is not a line of its own.
+            whole, skipping = data[: last + LONGEST_LINE], True
+        else:
+            whole, rest = data[:last], data[last:]
+        yield from _candidates(whole, number)
+        number += whole.count(b"\n")
+    yield from _candidates(rest, number)
+
+
+def _candidates(block: bytes, number: int) -> Iterator[tuple[int, bytes]]:
+    # A search for each word through the whole block is much faster than a look at every line.
+    starts = set()
+    for token in TOKENS:
+        at = block.find(token)
+        while at >= 0:
+            starts.add(block.rfind(b"\n", 0, at) + 1)
+            end = block.find(b"\n", at)
+            at = block.find(token, end) if end >= 0 else -1
+    before = 0
+    for start in sorted(starts):
+        number += block.count(b"\n", before, start)
+        before = start
+        end = block.find(b"\n", start)
+        yield number, block[start : min(len(block) if end < 0 else end, start + LONGEST_LINE)]
 
 
 def read(
@@ -91,20 +113,19 @@ def read(
     ``collector``: one that has taken what belongs to it already.
     """
     collector = collector or Collector()
-    lines, size, number = Lines(), 0, 0
+    lines, size, ends, last = Lines(), 0, 0, b""
 
     def blocks() -> Iterator[bytes]:
-        nonlocal size
+        nonlocal size, ends, last
         while block := stream.read(_BLOCK):
-            size += len(block)
+            size, ends, last = size + len(block), ends + block.count(b"\n"), block[-1:]
             progress(len(block))
             yield block
 
-    for number, line in split_chunks(blocks()):
-        if interesting(line):
-            collector.take(lines.events(line.decode("utf-8", "replace"), number))
+    for number, line in candidates(blocks()):
+        collector.take(lines.events(line.decode("utf-8", "replace"), number))
     log = collector.finish()
-    log.lines, log.size = number, size
+    log.lines, log.size = ends + (last not in (b"", b"\n")), size
     return log
 
 
@@ -113,7 +134,9 @@ class Collector:
 
     def __init__(self) -> None:
         self._log = Log()
-        self._open: OrderedDict[tuple[int, int], Search] = OrderedDict()
+        self._open: OrderedDict[tuple[int, int], _Tries] = OrderedDict()
+        self._failing: set[tuple[int, int | None, int]] = set()
+        self._mappings: OrderedDict[int, int] = OrderedDict()
         self._definitions: OrderedDict[str, dict[str, int]] = OrderedDict()
 
     def take(self, events: Iterable[Event]) -> None:
@@ -132,7 +155,7 @@ class Collector:
                 if len(self._definitions) > _OPEN:
                     self._definitions.popitem(last=False)
             else:
-                self._log.mappings -= 1
+                self._count(event.pid, -1)
             if not isinstance(event, Fact | Definition | Unmap):
                 self._log.forms.add(event.form)
 
@@ -167,46 +190,44 @@ class Collector:
 
     def _mmap(self, event: Mmap) -> None:
         if event.form == "libbpf":
-            self._close(_single(event, tries=0))
+            self._close(_Tries(event, 0))
             return
         key = (event.pid, event.tid)
         search = self._open.pop(key, None)
-        if search is not None and not _continues(search, event):
-            self._close(search)
-            search = None
-        if search is None:
-            search = _single(event, tries=1)
-        else:
-            step = search.step or event.hint - search.last
-            search = replace(
-                search,
-                last=event.hint,
-                step=step,
-                tries=search.tries + 1,
-                errno=event.errno,
-                address=event.address,
-            )
-        if search.errno == 0:
+        if search is None or not search.goes_on(event):
+            if search is not None:
+                self._close(search)
+            search = _Tries(event, 1)
+        if event.errno == 0:
             self._close(search)
             return
         self._open[key] = search
         if len(self._open) > _OPEN:
             self._close(self._open.popitem(last=False)[1])
 
-    def _close(self, search: Search) -> None:
-        if search.errno:
-            self._keep(self._log.searches, search)
+    def _close(self, tries: _Tries) -> None:
+        event = tries.last
+        key = (event.pid, event.length, event.fd)
+        if event.errno:
+            self._keep(self._log.searches, tries.search())
+            if len(self._failing) < _OPEN:
+                self._failing.add(key)
             return
-        self._log.mappings += 1
-        if search.tries > 1 or search.map:
-            self._log.searched += 1
-        left = [
-            old
-            for old in self._log.searches
-            if (old.pid, old.length, old.fd) != (search.pid, search.length, search.fd)
-        ]
-        self._log.recovered += len(self._log.searches) - len(left)
-        self._log.searches = left
+        self._count(event.pid, 1)
+        self._log.searched += tries.count > 1 or bool(event.map)
+        if key in self._failing:
+            # What was refused was granted in the end, at another address or later.
+            self._failing.discard(key)
+            left = [old for old in self._log.searches if (old.pid, old.length, old.fd) != key]
+            self._log.recovered += len(self._log.searches) - len(left)
+            self._log.searches = left
+
+    def _count(self, pid: int, change: int) -> None:
+        count = self._mappings.pop(pid, 0) + change
+        self._mappings[pid] = count
+        self._log.mappings = max(self._log.mappings, count)
+        if len(self._mappings) > _OPEN:
+            self._mappings.popitem(last=False)
 
     def _defined(self, event: MapCreate) -> MapCreate:
         known = self._definitions.get(event.name, {})
@@ -225,29 +246,47 @@ class Collector:
         return event
 
 
-def _single(event: Mmap, tries: int) -> Search:
-    return Search(
-        map=event.map,
-        errno=event.errno,
-        length=event.length,
-        first=event.hint,
-        last=event.hint,
-        tries=tries,
-        flags=event.flags,
-        fd=event.fd,
-        address=event.address,
-        pid=event.pid,
-        line=event.line,
-        form=event.form,
-    )
+class _Tries:
+    """A search as it goes on: a log of it has a line for each of its tries, so this is kept cheap."""
 
+    __slots__ = ("count", "first", "last", "step")
 
-def _continues(search: Search, event: Mmap) -> bool:
-    """Whether an mmap is the next try of a search: the same thing at another address, in the same stride."""
-    if (search.length, search.fd, search.flags) != (event.length, event.fd, event.flags) or not event.hint:
-        return False
-    step = event.hint - search.last
-    return step != 0 and search.step in (0, step)
+    def __init__(self, event: Mmap, count: int) -> None:
+        self.first = self.last = event
+        self.count, self.step = count, 0
+
+    def goes_on(self, event: Mmap) -> bool:
+        """Take the next try: the same thing at another address, in the same stride; False if it is none."""
+        last = self.last
+        step = event.hint - last.hint
+        if (
+            not event.hint
+            or (last.length, last.fd, last.flags) != (event.length, event.fd, event.flags)
+            or not step
+            or self.step not in (0, step)
+        ):
+            return False
+        self.last, self.step = event, step
+        self.count += 1
+        return True
+
+    def search(self) -> Search:
+        first, last = self.first, self.last
+        return Search(
+            map=first.map,
+            errno=last.errno,
+            length=first.length,
+            first=first.hint,
+            last=last.hint,
+            step=self.step,
+            tries=self.count,
+            flags=first.flags,
+            fd=first.fd,
+            address=last.address,
+            pid=first.pid,
+            line=first.line,
+            form=first.form,
+        )
 
 
 def _merged_creates(log: Log) -> list[MapCreate]:
