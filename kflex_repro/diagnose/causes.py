@@ -116,7 +116,7 @@ def out_of_heap(case: Case) -> Cause | None:
                 "likely",
                 (
                     describe(failure),
-                    "the artifact takes .value() of a failed allocation: it aborts, and says nothing of memory",
+                    "the artifact takes .value() of a failed allocation: an abort, without a word of memory",
                     f"the published {_PUBLISHED_OBJECTS:,} objects take {retained} of heap, {freed} with "
                     "jemalloc's retain:false",
                 ),

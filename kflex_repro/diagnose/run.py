@@ -178,12 +178,9 @@ def traced_libbpf(report: Callable[[str], None]) -> Path | None:
     """The directory of the traced libbpf, built if need be; None where it cannot be (``report`` says why)."""
     from kflex_repro.build import libbpf, toolchain
 
-    build = getattr(libbpf, "traced", None)
-    if build is None:
-        return None
     runner = toolchain.Runner()
     try:
-        place, _ = build(runner, report=report)
+        place, _ = libbpf.traced(runner, report=report)
     except KflexError as error:
         report(f"no traced libbpf: {error}")
         return None

@@ -104,7 +104,7 @@ def _json(line: str, number: int) -> Iterable[Event]:
     kind = record.get("event")
     pid = _int(record.get("pid"), 0) or 0
     code = abs(_int(record.get("errno"), 0) or 0)
-    if kind == "map_create":
+    if kind == "map_create" and not _FEATURE_PROBE.search(str(record.get("name", ""))):
         entries, value = _int(record.get("max_entries")), _int(record.get("value_size"))
         yield MapCreate(
             name=str(record.get("name", "")),
@@ -166,7 +166,7 @@ _MAP_FLAGS = {
     "MAP_FIXED_NOREPLACE": MAP_FIXED_NOREPLACE,
 }
 # libbpf asks the kernel what it can by trying: these failures mean nothing.
-_FEATURE_PROBE = re.compile(r"^(libbpf_|kflex_probe|test$)")
+_FEATURE_PROBE = re.compile(r"^(libbpf_|kflex_probe)")
 
 
 @functools.lru_cache(256)

@@ -12,6 +12,14 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+/* With the runtime of the traced libbpf, as the artifact's libbpf has it after its recipe. */
+#ifdef WITH_TRACE
+#include "kflex_trace.h"
+#define MMAP(...) kflex_trace_mmap("heap", __VA_ARGS__)
+#else
+#define MMAP(...) mmap(__VA_ARGS__)
+#endif
+
 static int create(unsigned long size, unsigned int type)
 {
 	union bpf_attr attr;
@@ -34,7 +42,7 @@ static int search(unsigned long size)
 	if (fd < 0 || ftruncate(fd, size))
 		return -1;
 	for (int tries = 0; address && tries < 1024; tries++, address -= size)
-		if (mmap((void *)address, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED_NOREPLACE, fd, 0) !=
+		if (MMAP((void *)address, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED_NOREPLACE, fd, 0) !=
 		    MAP_FAILED)
 			return 0;
 	return -1;

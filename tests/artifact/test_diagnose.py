@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from kflex_repro.bpf import fs
+from kflex_repro.build.objects import source_root
 from kflex_repro.diagnose import probes
 from tests.conftest import require, unavailable
 
@@ -30,6 +31,16 @@ def failing(tmp_path_factory: pytest.TempPathFactory) -> str:
     target = tmp_path_factory.mktemp("failing") / "failing"
     source = Path(__file__).with_name("failing.c")
     subprocess.run(["cc", "-Wall", "-Werror", "-o", target, source], check=True)
+    return str(target)
+
+
+@pytest.fixture(scope="module")
+def failing_traced(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same with the runtime of the traced libbpf in it."""
+    target = tmp_path_factory.mktemp("failing") / "failing-traced"
+    runtime = source_root() / "patches/libbpf_trace"
+    sources = [Path(__file__).with_name("failing.c"), runtime / "kflex_trace.c"]
+    subprocess.run(["cc", "-Wall", "-DWITH_TRACE", f"-I{runtime}", "-o", target, *sources], check=True)
     return str(target)
 
 
@@ -103,6 +114,14 @@ def test_a_search_that_runs_out_is_found_from_its_strace(failing: str, tmp_path:
     assert out.keys() >= PEOPLE_TRY | {"ram"}
     assert "4 GiB at an address left to the kernel works" in out["max-map-count"]
     assert "works inside user space" in out["ram"]
+
+
+def test_a_search_that_runs_out_is_found_from_the_trace_alone(failing_traced: str, tmp_path: Path) -> None:
+    log = tmp_path / "trace"
+    subprocess.run([failing_traced, "search", "4"], env={"KFLEX_TRACE": str(log)}, check=False)
+    first = diagnose("--log", str(log), "--other-machine")["causes"][0]
+    assert (first["id"], first["confidence"]) == ("address-search", "certain")
+    assert "map 'heap' 4 GiB, 1024 tries from 0x1000000000000 to 0xfc0100000000" in first["evidence"][0]
 
 
 def test_both_are_found_when_the_command_is_run(failing: str) -> None:
@@ -246,6 +265,56 @@ def test_the_interrupt_ends_the_command_and_the_report_follows(tmp_path: Path) -
     assert any("interrupted" in note for note in report["notes"])
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
+
+
+# --- repairs ----------------------------------------------------------------------------------------------
+
+
+def test_what_a_recipe_can_do_is_done_and_no_longer_found(tmp_path: Path) -> None:
+    require("root")
+    tree = tmp_path / "tree"
+    shutil.copytree(Path(__file__).with_name("tree"), tree)
+    before = {path: path.read_bytes() for path in tree.rglob("*") if path.is_file()}
+    log = str(DATA / "create-256gb.libbpf")
+    command = [sys.executable, "-m", "kflex_repro", "diagnose", "--source", str(tree)]
+    found = diagnose("--source", str(tree), "--log", log, "--this-machine")["causes"][0]
+    assert "bpf/ffkx_redis.bpf.c:" in " ".join(found["evidence"])
+    assert "fit-heap --gb" in found["fix"][0] and str(tree) in found["fix"][0]
+
+    shown = subprocess.run([*command, "--fix", "--dry-run"], capture_output=True, text=True, check=False)
+    assert "-ffkx_heap(256, 0)" in shown.stdout
+    assert {path: path.read_bytes() for path in before} == before
+
+    repairable = {cause["recipe"] for cause in diagnose("--source", str(tree), status=1)["causes"]} - {""}
+    assert "fit-heap" in repairable
+    subprocess.run([*command, "--fix"], capture_output=True, check=False)
+    left = subprocess.run([*command, "--json"], capture_output=True, check=False)
+    assert not [cause["id"] for cause in json.loads(left.stdout)["causes"] if cause["recipe"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--fix"], "--source"),
+        (["--dry-run"], "--fix"),
+        (["--log", "/nowhere"], "cannot read the log: No such file or directory (/nowhere)"),
+        (["--log", "/tmp"], "cannot read the log: Is a directory (/tmp)"),
+        (["--source", "/nowhere"], "/nowhere"),
+        (["--source", "/etc/apt"], "no heap is declared in it"),
+        (["--log", "-", "--", "true"], "not both"),
+        (["--strace"], "command"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], line: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kflex_repro", "diagnose", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+    assert done.returncode not in (0, 3)
+    assert "Traceback" not in done.stderr and line in done.stderr.splitlines()[-1]
 
 
 # --- this machine -----------------------------------------------------------------------------------------
