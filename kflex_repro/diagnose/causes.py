@@ -90,13 +90,12 @@ def permission(case: Case) -> Cause | None:
         "likely" if told else "possible",
         (
             events[0],
-            "EPERM of bpf() is a missing capability, or a container, seccomp or security module "
-            "that refuses it",
+            "EPERM of bpf() is a missing capability, or a container, seccomp or security module that "
+            "refuses it",
         ),
         (
-            "run it as root, outside containers (docker: --privileged, or --cap-add "
-            "BPF,PERFMON,NET_ADMIN and a "
-            "seccomp profile that allows bpf)",
+            "run it as root, outside containers (docker: --privileged, or --cap-add BPF,PERFMON,NET_ADMIN "
+            "and a seccomp profile that allows bpf)",
         ),
     )
 

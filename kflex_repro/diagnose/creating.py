@@ -38,9 +38,8 @@ def no_map_type(case: Case) -> Cause | None:
             evidence.append(f"the kernel's BTF has no map type {event.type}{case.said('kernel')}")
             confidence = "certain" if case.where == "this" else "likely"
         evidence.append(
-            f"{HEAP_TYPE_NAME} exists only in KFlex's own kernel; the number {ARTIFACT_HEAP_TYPE} "
-            "is free, or "
-            "another map type, in every other"
+            f"{HEAP_TYPE_NAME} exists only in KFlex's own kernel; the number {ARTIFACT_HEAP_TYPE} is free, "
+            "or another map type, in every other"
             if is_heap
             else "the kernel answers EINVAL to a type it does not know, before it looks at sizes"
         )
@@ -68,9 +67,8 @@ def not_power_of_two(case: Case) -> Cause | None:
         lower = 1 << (size[0].bit_length() - 1)
         evidence = [
             describe(event),
-            f"{size[0]} bytes ({size_text(size[0])}) is no power of two; the nearest are "
-            f"{size_text(lower)} and "
-            f"{size_text(2 * lower)}",
+            f"{size[0]} bytes ({size_text(size[0])}) is no power of two; the nearest are {size_text(lower)} "
+            f"and {size_text(2 * lower)}",
             "the heap's size is checked before it is allocated: the errno is ENOENT, no file is missing",
         ]
         nearest = max(1, min(lower // GIB, largest_gb(case) or 1))
@@ -98,8 +96,8 @@ def heap_alignment(case: Case) -> Cause | None:
             "likely" if size else "possible",
             (
                 describe(event),
-                f"{told}; the only other ENOENT of a heap's creation is a kernel address that is not "
-                "a multiple of the size",
+                f"{told}; the only other ENOENT of a heap's creation is a kernel address that is not a "
+                "multiple of the size",
             ),
             ("boot the artifact's own kernel, unmodified: its vmalloc aligns the heap", fit(case)),
         )
@@ -130,9 +128,8 @@ def eager_heap(case: Case) -> Cause | None:
         elif size[0] > ram:
             confidence = "likely" if case.facts["ram_total"].origin == "assumed" else "certain"
             evidence.append(
-                f"{size_text(size[0])} are asked for and allocated at once; the machine has "
-                f"{size_text(ram)} of RAM "
-                f"in all{case.said('ram_total')}: {size[0] / ram:.1f} times too much"
+                f"{size_text(size[0])} are asked for and allocated at once; the machine has {size_text(ram)} "
+                f"of RAM in all{case.said('ram_total')}: {size[0] / ram:.1f} times too much"
             )
         elif available is not None and size[0] > available:
             confidence = "likely"
@@ -187,8 +184,8 @@ def cgroup_memory(case: Case) -> Cause | None:
             "likely",
             tuple(describe(failure) for failure in killed[:3]),
             (
-                "raise the limit (systemd: MemoryMax=, docker: --memory), or a smaller heap: "
-                "kflex-repro fit-heap",
+                "raise the limit (systemd: MemoryMax=, docker: --memory), or a smaller heap: kflex-repro "
+                "fit-heap",
             ),
         )
     return None

@@ -19,8 +19,6 @@ from kflex_repro.heap.model import Heap
 
 _STRACE = "strace -f -o LOG -e trace=bpf,mmap,munmap,openat,prlimit64 COMMAND"
 _UNSIZED_TRY = 4 << 30
-# Beyond it no machine has the addresses.
-_LARGEST_TRY = 1 << 56
 
 
 def of_log(
@@ -37,8 +35,8 @@ def of_log(
         notes.append(f"the log is of another machine ({'; '.join(why)}): this one's numbers are not used")
     elif where == "unknown" and log.failed:
         notes.append(
-            "what the log does not say of its machine is assumed from this one; --other-machine "
-            "if it is another's"
+            "what the log does not say of its machine is assumed from this one; --other-machine if it is "
+            "another's"
         )
     if log.dropped:
         notes.append(f"{log.dropped} further failures in the log were not looked at one by one")
@@ -70,7 +68,8 @@ def _tried(case: Case, ranked: Sequence[Cause]) -> list[Ruled]:
     by_map = {"address-search", "address-space", "rlimit-as", "overcommit", "max-map-count"}
     if mapped and (not created or (ranked and ranked[0].id in by_map)):
         lengths = [known[0] for event in mapped if (known := case.size(event))]
-        found = list(probes.mmap_tries(lengths[0] if lengths else _UNSIZED_TRY))
+        above = any(cause.id == "address-search" for cause in ranked)
+        found = list(probes.mmap_tries(lengths[0] if lengths else _UNSIZED_TRY, above))
         if any(map(is_search, mapped)):
             found.append(_ram_is_there(case, mapped[0]))
         return found
@@ -83,7 +82,7 @@ def _tried(case: Case, ranked: Sequence[Cause]) -> list[Ruled]:
 def _ram_is_there(case: Case, event: Search) -> Ruled:
     size = case.size(event)
     how = "the map had been created, so its memory was allocated, before it was mapped"
-    if size and size[0] & (size[0] - 1) == 0 and size[0] <= _LARGEST_TRY:
+    if size and size[0] & (size[0] - 1) == 0 and size[0] <= probes.LARGEST_TRY:
         outcome = search.for_real(search.fixed(size[0]))
         if outcome.address is not None:
             how += f"; here the same mmap works inside user space, at {outcome.address:#x}"
@@ -114,8 +113,7 @@ def _collect(case: Case, ranked: Sequence[Cause]) -> list[str]:
         wanted.append(f"the system calls: kflex-repro diagnose -- COMMAND, or {_STRACE}")
     if case.where == "other":
         wanted.append(
-            "facts of that machine, pasted into the log: uname -a; cat /proc/meminfo "
-            "/proc/PID/limits /proc/PID/cgroup; "
+            "facts of that machine, pasted into the log: uname -a; cat /proc/meminfo /proc/PID/limits; "
             "grep 'address sizes' /proc/cpuinfo"
         )
     return [*wanted, "the kernel's words at that moment: dmesg | tail -50"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 
+from kflex_repro.diagnose import probes
 from kflex_repro.diagnose.case import Case
 from kflex_repro.diagnose.cause import (
     COMMON_BITS,
@@ -27,6 +28,7 @@ def address_search(case: Case) -> Cause | None:
     """All the addresses that were tried lie above the end of user space."""
     bits, sure = _bits(case)
     end = search.task_size(bits)
+    told = case.said("va_bits") if "va_bits" in case.facts else " (assumed: 4-level paging, as most machines)"
     for event in case.log.searches:
         if event.errno != errno.ENOMEM or not is_search(event):
             continue
@@ -37,8 +39,8 @@ def address_search(case: Case) -> Cause | None:
             if lowest + size[0] <= end:
                 continue
             evidence.append(
-                f"user space ends at {end:#x}, 2^{bits}{case.said('va_bits')}; the lowest address tried, "
-                f"{lowest:#x}, is {size_text(lowest - end)} above it"
+                f"user space ends at {end:#x}, 2^{bits}{told}; the lowest address tried, {lowest:#x}, is "
+                f"{size_text(lowest - end)} above it"
             )
             if event.tries > 1:
                 evidence.append(
@@ -55,23 +57,22 @@ def address_search(case: Case) -> Cause | None:
                 continue
             evidence.append(
                 f"the artifact's libbpf looks for {size_text(size[0])} from {outcome.first:#x} down to "
-                f"{outcome.last:#x}, {outcome.tried} tries; user space ends at {end:#x} "
-                f"(2^{bits}{case.said('va_bits')}): all {outcome.above_task_size} are above it"
+                f"{outcome.last:#x}, {outcome.tried} tries; user space ends at {end:#x}, 2^{bits}{told}: all "
+                f"{outcome.above_task_size} are above it"
             )
             confidence = "certain" if sure else "likely"
         else:
             evidence.append(
-                "only the artifact's libbpf says this, after its 1024 tries from 2^48 downwards "
-                "in steps of the heap's "
-                f"size: with user space ending at 2^{bits}{case.said('va_bits')} heaps of 1 to 128 "
-                "GB all fail so"
+                "only the artifact's libbpf says this, after its 1024 tries from 2^48 downwards in steps of "
+                f"the heap's size: with user space ending at 2^{bits}{told} heaps of 1 to 128 GB all fail so"
             )
             confidence = "likely" if bits <= COMMON_BITS else "possible"
         evidence.append(
-            "an address above the end of user space is ENOMEM by definition, however much memory "
-            "is free; the map "
-            "itself had been created: its memory is there"
+            "an address above the end of user space is ENOMEM by definition, however much memory is free; "
+            "the map itself had been created: its memory is there"
         )
+        if size and (rehearsed := probes.same_search(event, size[0])):
+            evidence.append(rehearsed)
         if size:
             evidence += filter(None, (size[1], case.declaration(size[0], event.map)))
         many = event.tries != 1
@@ -83,8 +84,7 @@ def address_search(case: Case) -> Cause | None:
             confidence,
             tuple(evidence),
             (
-                "kflex-repro patch apply address-search --source DIR (the search starts at the "
-                "real end of user space)",
+                "kflex-repro patch apply address-search --source DIR (it starts at the end of user space)",
                 "then build that libbpf again; kflex-repro heap explain --gb N draws the search",
             ),
             "address-search" if many else "",
@@ -107,8 +107,8 @@ def address_space(case: Case) -> Cause | None:
             "certain" if "va_bits" in case.facts else "likely",
             (
                 describe(event),
-                f"{size_text(size[0])} aligned to its size in {size_text(search.task_size(bits))} of "
-                f"user space (2^{bits}{case.said('va_bits')})",
+                f"{size_text(size[0])} aligned to its size in {size_text(search.task_size(bits))} of user "
+                f"space (2^{bits}{case.said('va_bits')})",
             ),
             (fit(case),),
             "fit-heap",
@@ -173,8 +173,8 @@ def max_map_count(case: Case) -> Cause | None:
         "likely",
         (
             describe(failed[-1]),
-            f"about {case.log.mappings} mappings were made and not undone in this log; "
-            f"vm.max_map_count = {limit}{case.said('max_map_count')}",
+            f"about {case.log.mappings} mappings were made and not undone in this log; vm.max_map_count = "
+            f"{limit}{case.said('max_map_count')}",
         ),
         (f"sysctl vm.max_map_count={2 * limit}",),
     )

@@ -22,7 +22,7 @@ from kflex_repro import host
 from kflex_repro.bpf import btf, fs
 from kflex_repro.build.objects import KERNEL_BTF
 from kflex_repro.diagnose import attempt, trace
-from kflex_repro.diagnose.events import UNLIMITED, errno_name, size_text
+from kflex_repro.diagnose.events import UNLIMITED, Search, errno_name, size_text
 from kflex_repro.errors import KflexError
 from kflex_repro.heap import search
 
@@ -33,6 +33,9 @@ ARTIFACT_HEAP_TYPE = 34
 HEAP_TYPE_NAME = "BPF_MAP_TYPE_HEAP"
 _V1_UNLIMITED = 1 << 62
 _TRY_TIMEOUT_S = 60
+# Beyond it no machine has the addresses.
+LARGEST_TRY = 1 << 56
+_MOST_TRIES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -220,9 +223,33 @@ def _limit(name: str) -> str:
     return "unlimited" if value == UNLIMITED else size_text(int(value)) if isinstance(value, int) else value
 
 
+def same_search(event: Search, size: int) -> str:
+    """What the same tries come to here, with real mmaps of an empty file; "" where none can be made.
+
+    Of a search that the log has no addresses of, the tries are the artifact's.
+    """
+    if not 0 < size <= LARGEST_TRY or size & (size - 1) or event.tries > _MOST_TRIES:
+        return ""
+    plan = search.artifact(size)
+    if event.tries:
+        step = abs(event.step) or size
+        plan = search.Search(event.first, step, event.tries, size, size, event.step <= 0)
+    outcome = search.for_real(plan)
+    if outcome.address is not None:
+        return f"here the same search succeeds, at try {outcome.attempt}, {outcome.address:#x}"
+    sysctls = ", ".join(f"{name} = {_sysctl(name)}" for name in ("overcommit", "max_map_count", "swappiness"))
+    return (
+        f"here the same {outcome.tried} mmaps of an empty file give {errno_name(outcome.errno)} too, with "
+        f"{sysctls}, RLIMIT_AS {_limit('rlimit_as')}, RLIMIT_MEMLOCK {_limit('rlimit_memlock')}"
+    )
+
+
 @functools.cache
-def mmap_tries(length: int) -> tuple[Ruled, ...]:
-    """Whether limits that people raise have a say in mapping ``length`` bytes of a map, each tried here."""
+def mmap_tries(length: int, above: bool) -> tuple[Ruled, ...]:
+    """Whether limits that people raise have a say in mapping ``length`` bytes of a map, each tried here.
+
+    ``above``: all that was asked for lies above user space.
+    """
     ram = int(here()["ram_total"])
     # More than RAM and swap, less than the address space holds anywhere.
     beyond = min(max(length, 4 * ram), search.task_size(int(here()["va_bits"])) // 4)
@@ -247,26 +274,23 @@ def mmap_tries(length: int) -> tuple[Ruled, ...]:
             "max-map-count",
             "vm.max_map_count",
             state,
-            f"it limits how many mappings a process has (here {count} of "
-            f"{_sysctl('max_map_count')}), not their "
-            f"size or place; failed tries leave none behind. H{anywhere[1:]}",
+            f"it limits how many mappings a process has (here {count} of {_sysctl('max_map_count')}), not "
+            f"their size or place; failed tries leave none behind. H{anywhere[1:]}",
         ),
         Ruled(
             "overcommit",
             "vm.overcommit_memory",
             "out" if large == 0 else "unknown",
-            "only private writable memory is counted; a map is mapped shared. Here, with overcommit_memory = "
-            f"{_sysctl('overcommit')} and {size_text(ram)} of RAM, a shared mapping of {size_text(beyond)} "
+            "only private writable memory is counted; a map is mapped shared. Here, with overcommit_memory "
+            f"= {_sysctl('overcommit')} and {size_text(ram)} of RAM, a shared mapping of {size_text(beyond)} "
             f"{_said(large)}",
         ),
         Ruled(
             "swappiness",
             "vm.swappiness",
             state,
-            "it weighs which pages to reclaim; mmap of a map takes no page: they are all there "
-            "since the map was "
-            f"made, as kernel memory, which is never swapped. H{anywhere[1:]} without "
-            "touching a page",
+            "it weighs which pages to reclaim; mmap of a map takes no page: they are all there since the "
+            f"map was made, as kernel memory, never swapped. H{anywhere[1:]} without touching a page",
         ),
         Ruled(
             "rlimit-memlock",
@@ -278,8 +302,10 @@ def mmap_tries(length: int) -> tuple[Ruled, ...]:
         Ruled(
             "rlimit-as",
             "ulimit -v (RLIMIT_AS)",
-            "out" if unlimited and plain == 0 else "unknown",
-            f"it does limit mmap (here, under a limit of half the size, it {_said(limited)}), but it is "
+            "out" if above or (unlimited and plain == 0) else "unknown",
+            "the kernel looks at the address before the limit: above user space it is ENOMEM under any"
+            if above
+            else f"it does limit mmap (here, under a limit of half the size, it {_said(limited)}), but it is "
             f"{_limit('rlimit_as')} here, and without it {anywhere.removeprefix('here ')}",
         ),
     )
@@ -298,15 +324,15 @@ def create_tries(size: int) -> tuple[Ruled, ...]:
     if size > ram:
         specs.insert(0, {"call": "map_create", "length": size})
     codes = attempts(specs) if host.is_root() else []
-    tried = len(codes) == len(specs)
+    tried = len(codes) == len(specs) and not any(map(is_permission, codes))
     same = ""
     if tried and size > ram:
-        same = f" Here an array map of {size_text(size)} {_said(codes[0])}, one of 16 MiB works."
+        same = f" Here an array map of {size_text(size)} {_said(codes[0])}, one of 16 MiB {_said(codes[-1])}."
     memlock, address = (codes[-2], codes[-1]) if tried else (0, 0)
 
     def how(code: int, limit: str) -> str:
         if not tried:
-            return "not tried: needs root"
+            return "not tried: bpf() is not permitted to us"
         return f"here a map of 16 MiB under {limit} {_said(code)}"
 
     return (
@@ -320,16 +346,15 @@ def create_tries(size: int) -> tuple[Ruled, ...]:
             "overcommit",
             "vm.overcommit_memory",
             "out",
-            "it decides about user memory that may never be touched; the heap is kernel memory, "
-            "really allocated "
-            f"at once, and was asked for with overcommit_memory = {_sysctl('overcommit')} here." + same,
+            "it decides about user memory that may never be touched; the heap is kernel memory, really "
+            f"allocated at once, and was asked for with overcommit_memory = {_sysctl('overcommit')} here."
+            + same,
         ),
         Ruled(
             "swappiness",
             "vm.swappiness",
             "out",
-            "it weighs which pages to reclaim; no reclaim makes RAM that the machine does not "
-            "have, and kernel "
+            "it weighs which pages to reclaim; no reclaim makes room for more than there is, and kernel "
             "memory is never swapped." + same,
         ),
         Ruled(

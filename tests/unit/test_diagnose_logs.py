@@ -158,7 +158,7 @@ def test_values_of_the_wrong_kind_in_a_trace_stop_nothing() -> None:
 
 
 def test_memory_is_bounded_whatever_the_log() -> None:
-    _bounded(100 << 20)
+    _bounded(50 << 20)
 
 
 @pytest.mark.soak
