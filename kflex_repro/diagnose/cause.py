@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kflex_repro.diagnose.case import Case
-from kflex_repro.diagnose.events import MAP_FIXED_NOREPLACE, MapCreate, Search
+from kflex_repro.diagnose.events import MAP_FIXED, MAP_FIXED_NOREPLACE, MapCreate, Search
 from kflex_repro.heap import model, search
 
 Confidence = Literal["certain", "likely", "possible"]
@@ -36,8 +36,8 @@ def created(case: Case, *codes: int) -> list[MapCreate]:
 
 
 def is_search(event: Search) -> bool:
-    """Whether an mmap was (part of) a search for an address, not a plain one."""
-    return event.tries > 1 or bool((event.flags or 0) & MAP_FIXED_NOREPLACE)
+    """Whether an mmap was for an address of the caller's choice: a search, or one try of it."""
+    return event.tries > 1 or bool((event.flags or 0) & (MAP_FIXED | MAP_FIXED_NOREPLACE))
 
 
 def largest_gb(case: Case) -> int:

@@ -147,6 +147,7 @@ JUDGES: tuple[Callable[[Case], Cause | None], ...] = (
     creating.no_map_type,
     creating.not_power_of_two,
     creating.heap_alignment,
+    creating.arena_size,
     creating.eager_heap,
     creating.cgroup_memory,
     creating.vmalloc_space,

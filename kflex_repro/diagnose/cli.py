@@ -116,10 +116,10 @@ def _of_command(
     ended = f"was ended by signal {-ran.status}" if ran.status < 0 else f"exited with {ran.status}"
     notes = [f"the command {'was interrupted and ' * ran.interrupted}{ended}"]
     collect = found.collect
-    if not ran.traced and not with_strace:
-        notes.append("it used no shared libbpf, so nothing was traced: --strace sees it all the same")
+    if libbpf is not None and "trace" not in ran.log.forms:
+        notes.append("it made no map through a shared libbpf; if it has its own inside, --strace sees it")
         if ran.status and not found.causes:
-            collect = ("its system calls: kflex-repro diagnose --strace -- COMMAND",)
+            collect = ("its system calls: kflex-repro diagnose --strace -- COMMAND", *collect)
     elif ran.status and not ran.interrupted and not found.causes and not collect:
         collect = ("what it printed: it failed, but no map, no mapping and nothing else that we know did",)
     return replace(found, notes=(*notes, *found.notes), collect=tuple(collect), status=ran.status)

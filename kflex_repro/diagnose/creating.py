@@ -17,6 +17,9 @@ from kflex_repro.diagnose.cause import (
 from kflex_repro.diagnose.events import describe, size_text
 from kflex_repro.diagnose.probes import ARTIFACT_HEAP_TYPE, HEAP_TYPE_NAME
 
+# A pointer into an arena is 32 bits wide. [read] kernel/bpf/arena.c
+_ARENA_MOST = 4 << 30
+
 
 def no_map_type(case: Case) -> Cause | None:
     """The kernel does not know the map's type (EINVAL)."""
@@ -101,6 +104,22 @@ def heap_alignment(case: Case) -> Cause | None:
             ),
             ("boot the artifact's own kernel, unmodified: its vmalloc aligns the heap", fit(case)),
         )
+    return None
+
+
+def arena_size(case: Case) -> Cause | None:
+    """The kernel's own arenas, the upstream form of the heap, end at 4 GiB."""
+    for event in created(case, errno.E2BIG):
+        size = case.size(event)
+        arena = event.type_name == "arena" or case.types.get(event.type or 0) == "BPF_MAP_TYPE_ARENA"
+        if arena and size is not None and size[0] > _ARENA_MOST:
+            return Cause(
+                "arena-size",
+                "An arena cannot be that large",
+                "certain",
+                (describe(event), f"{size_text(size[0])}; the kernel allows {size_text(_ARENA_MOST)}"),
+                (f"{_ARENA_MOST // 4096} pages (max_entries) at most, or several arenas",),
+            )
     return None
 
 

@@ -110,7 +110,7 @@ def _collect(case: Case, ranked: Sequence[Cause]) -> list[str]:
             "the sizes: the source tree (--source DIR), or libbpf's words with LIBBPF_LOG_LEVEL=debug"
         )
     if "strace" not in log.forms and "trace" not in log.forms:
-        wanted.append(f"the system calls: kflex-repro diagnose -- COMMAND, or {_STRACE}")
+        wanted.append(f"the system calls: kflex-repro diagnose --strace -- COMMAND, or {_STRACE}")
     if case.where == "other":
         wanted.append(
             "facts of that machine, pasted into the log: uname -a; cat /proc/meminfo /proc/PID/limits; "

@@ -86,7 +86,9 @@ def address_search(case: Case) -> Cause | None:
             (
                 "kflex-repro patch apply address-search --source DIR (it starts at the end of user space)",
                 "then build that libbpf again; kflex-repro heap explain --gb N draws the search",
-            ),
+            )
+            if many
+            else (f"ask for an address that ends below {end:#x} (an arena's: map_extra), or for none",),
             "address-search" if many else "",
         )
     return None

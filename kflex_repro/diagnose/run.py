@@ -32,7 +32,6 @@ class Ran:
     status: int
     limits: dict[str, int | str]
     interrupted: bool
-    traced: bool
 
 
 def run(command: Sequence[str], libbpf: Path | None, output_to_stderr: bool) -> Ran:
@@ -75,13 +74,12 @@ def run(command: Sequence[str], libbpf: Path | None, output_to_stderr: bool) -> 
             status = child.wait()
             # A grandchild that lives on may hold the pipe: its words are not waited for.
             reader.join(_GRACE_S)
-        traced = record.exists() and record.stat().st_size > 0
         if record.exists():
             with record.open("rb") as stream:
                 log = trace.read(stream, collector=collector)
         else:
             log = collector.finish()
-        return Ran(tuple(command), log, status, limits, interrupted, traced)
+        return Ran(tuple(command), log, status, limits, interrupted)
 
 
 def _strace() -> str:

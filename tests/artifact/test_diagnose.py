@@ -16,8 +16,10 @@ from pathlib import Path
 import pytest
 
 from kflex_repro.bpf import fs
+from kflex_repro.build import libbpf, toolchain
 from kflex_repro.build.objects import source_root
 from kflex_repro.diagnose import probes
+from kflex_repro.errors import Unavailable
 from tests.conftest import require, unavailable
 
 DATA = Path(__file__).parent / "data"
@@ -123,6 +125,58 @@ def test_a_search_that_runs_out_is_found_from_the_trace_alone(failing_traced: st
     first = diagnose("--log", str(log), "--other-machine")["causes"][0]
     assert (first["id"], first["confidence"]) == ("address-search", "certain")
     assert "map 'heap' 4 GiB, 1024 tries from 0x1000000000000 to 0xfc0100000000" in first["evidence"][0]
+
+
+@pytest.mark.parametrize(
+    ("sample", "cause"),
+    [
+        ("create-256gb", "eager-heap"),
+        ("search-4gb", "address-search"),
+        ("load-arena-beyond", "address-search"),
+        ("create-heap-type", "no-map-type"),
+        ("create-eperm", "capability"),
+        ("create-e2big", "arena-size"),
+        ("search-256gb", None),
+        ("load", None),
+    ],
+)
+def test_recorded_traces_name_the_cause_by_themselves(sample: str, cause: str | None) -> None:
+    plain, packed = DATA / f"{sample}.trace", DATA / f"{sample}.trace.gz"
+    data = plain.read_bytes() if plain.exists() else gzip.decompress(packed.read_bytes())
+    report = diagnose("--log", "-", "--other-machine", input=data)
+    assert causes(report)[:1] == ([cause] if cause else [])
+    assert report["log"]["forms"] == ["trace"]
+
+
+@pytest.fixture(scope="module")
+def traced_libbpf() -> Path:
+    """The traced libbpf, from the cache or built now."""
+    runner = toolchain.Runner()
+    try:
+        return libbpf.traced(runner)[0]
+    except Unavailable as error:
+        unavailable(str(error))
+    finally:
+        runner.stop()
+
+
+@pytest.mark.usefixtures("traced_libbpf")
+def test_a_program_of_shared_libbpf_is_traced_when_it_is_run() -> None:
+    require("root")
+    program = "from kflex_repro.bpf.maps import Map; Map.create(2, 4, 4096, 1 << 26, 1 << 10, 'heap')"
+    report = diagnose("--", sys.executable, "-c", program)
+    assert "trace" in report["log"]["forms"]
+    assert (causes(report)[0], report["command_status"]) == ("eager-heap", 1)
+    assert "(67108864 x 4096 bytes)" in report["causes"][0]["evidence"][0]
+
+
+@pytest.mark.usefixtures("traced_libbpf")
+def test_a_program_without_shared_libbpf_says_so(failing: str) -> None:
+    """Its own words are read all the same: they do not say what was asked for, and nothing is guessed."""
+    require("root")
+    report = diagnose("--", failing, "create", "256", status=3)
+    assert report["unknown"] and not causes(report)
+    assert any("--strace" in line for line in report["collect"])
 
 
 def test_both_are_found_when_the_command_is_run(failing: str) -> None:
