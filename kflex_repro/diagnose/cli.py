@@ -111,8 +111,7 @@ def _of_command(
 ) -> report.Diagnosis:
     libbpf = None if with_strace else run.traced_libbpf(lambda line: click.echo(line, err=True))
     ran = run.run(command, libbpf, output_to_stderr=as_json)
-    more = {**ran.limits}
-    found = diagnosis.of_log(ran.log, "this", heaps, "command", more)
+    found = diagnosis.of_log(ran.log, "this", heaps, "command", ran.limits)
     ended = f"was ended by signal {-ran.status}" if ran.status < 0 else f"exited with {ran.status}"
     notes = [f"the command {'was interrupted and ' * ran.interrupted}{ended}"]
     collect = found.collect

@@ -60,8 +60,6 @@ def run(command: Sequence[str], libbpf: Path | None, output_to_stderr: bool) -> 
             ]
         else:
             environment.update(_environment(libbpf, record))
-        # libbpf says sizes only when asked to.
-        environment.setdefault("LIBBPF_LOG_LEVEL", "debug")
         collector = trace.Collector()
         child = _start(arguments, environment, output_to_stderr)
         assert child.stderr is not None
