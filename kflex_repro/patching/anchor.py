@@ -78,7 +78,8 @@ def flags(root: Path, path: str) -> tuple[str, ...]:
         *(f"-I{root / place}" for place in INCLUDE if (root / place).is_dir()),
     ]
     if name.suffix in _CPP:
-        return ("-xc++", "-std=c++20", *found)
+        # Not the C++ library's headers: a second each time, and no place depends on them.
+        return ("-xc++", "-std=c++20", "-nostdinc++", *found)
     return ("-xc", *(("-target", "bpf") if ".bpf." in name.name else ()), *found)
 
 

@@ -60,7 +60,11 @@ def plan(recipe: Recipe, tree: Tree, given: Mapping[str, object] | None = None) 
             f"{recipe.id} takes a plan of its own", recipe.title, f"kflex-repro {recipe.command} applies it"
         )
     known = recipes.values(recipe, given or {})
-    mine = recipe.id if tree.get(recipe.id) else ""
+    applied = tree.get(recipe.id)
+    mine = recipe.id if applied else ""
+    if applied and _stands(recipe, known, tree):
+        # Planned anew it could come out in another order beside the recipes applied since.
+        return Plan(recipe, known, (), "")
     sources: dict[str, Source] = {}
     edits: list[Edit] = []
     for number, step in enumerate(recipe.steps, 1):
@@ -80,6 +84,13 @@ def plan(recipe: Recipe, tree: Tree, given: Mapping[str, object] | None = None) 
             f"{recipe.id} would not take: {failed[0]}", str(tree.root), f"it is for {recipe.target}"
         )
     return Plan(recipe, known, tuple(edits), diff)
+
+
+def _stands(recipe: Recipe, known: Mapping[str, str], tree: Tree) -> bool:
+    applied = tree.get(recipe.id)
+    if applied is None or applied.version != recipe.version or applied.facts.get("parameters") != dict(known):
+        return False
+    return not tree.edited(recipe.id) and not failures(recipe, tree)
 
 
 def apply(made: Plan, tree: Tree) -> bool:
