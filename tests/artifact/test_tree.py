@@ -311,8 +311,8 @@ def test_a_damaged_record_is_one_line(root: Path) -> None:
 # -- killed anywhere
 
 
-def killed_at(step: int, change: Callable[[], None]) -> bool:
-    """Run a change in a child that is killed before its ``step``-th touch of the disk; whether it was."""
+def stopped_at(step: int, change: Callable[[], None], kill: bool = True) -> bool:
+    """Run a change in a child that is killed or interrupted at its ``step``-th touch of the disk; whether."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
@@ -324,21 +324,30 @@ def killed_at(step: int, change: Callable[[], None]) -> bool:
             if touches or event == "open":
                 count += 1
                 if count == step:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    if kill:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    raise KeyboardInterrupt
 
         try:
             sys.addaudithook(hook)
             change()
+        except KeyboardInterrupt:
+            os._exit(130)
         except BaseException:
             os._exit(1)
         os._exit(0)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.waitstatus_to_exitcode(status) == 0
-    return os.WIFSIGNALED(status)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL if kill else 130)
+    return code != 0
 
 
-@pytest.mark.parametrize("what", ["apply", "replace", "revert", "recover"])
-def test_killed_at_any_point_the_tree_is_all_old_or_all_new(root: Path, tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize(
+    ("what", "kill"),
+    [("apply", True), ("replace", True), ("revert", True), ("recover", True), ("replace", False)],
+)
+def test_stopped_at_any_point_the_tree_is_all_old_or_all_new(
+    root: Path, tmp_path: Path, what: str, kill: bool
+) -> None:
     tree = Tree.open(root)
     if what != "apply":
         tree.apply("first", "1", edits(tree))
@@ -358,7 +367,7 @@ def test_killed_at_any_point_the_tree_is_all_old_or_all_new(root: Path, tmp_path
         half = tmp_path / "half"
         shutil.copytree(root, half)
         step = 1
-        while killed_at(step, lambda: Tree.open(half).revert("first")) and not (
+        while stopped_at(step, lambda: Tree.open(half).revert("first")) and not (
             (half / STATE_DIRECTORY / "commit.json").exists() and not (half / "new").exists()
         ):
             shutil.rmtree(half)
@@ -380,10 +389,14 @@ def test_killed_at_any_point_the_tree_is_all_old_or_all_new(root: Path, tmp_path
         step += 1
         place = tmp_path / "killed"
         shutil.copytree(start, place)
-        killed = killed_at(step, functools.partial(change, place))
+        stopped = stopped_at(step, functools.partial(change, place), kill)
+        if not kill:
+            # Ctrl-C tidies up itself: no one has to open the tree again for its files to be right.
+            here = {path: data for path, (data, mode) in snapshot(place).items() if stat.S_ISREG(mode)}
+            assert here in [{p: d for p, (d, m) in s.items() if stat.S_ISREG(m)} for s in (old, new)]
         names = [item.version for item in Tree.open(place).applied()]
         now = snapshot(place)
-        assert now in (old, new), f"mixed after a kill at step {step}"
+        assert now in (old, new), f"mixed after a stop at step {step}"
         if what != "recover":
             expected = {"apply": (["1"], []), "replace": (["2"], ["1"]), "revert": ([], ["1"])}[what]
             assert names == expected[0 if now == new else 1]
@@ -395,7 +408,7 @@ def test_killed_at_any_point_the_tree_is_all_old_or_all_new(root: Path, tmp_path
             change(place)
             assert snapshot(place) == new
         shutil.rmtree(place)
-        if not killed:
+        if not stopped:
             break
     assert step > (8 if what == "recover" else 20)
     assert seen == ({True} if what == "recover" else {True, False})
@@ -435,3 +448,37 @@ def test_any_recipes_reverted_in_any_order_leave_the_original(content: bytes, da
         for name in data.draw(st.permutations(applied)):
             Tree.open(root).revert(name)
         assert (root / "f").read_bytes() == content
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    recipe=st.sets(st.integers(0, 11)),
+    mine=st.dictionaries(st.integers(0, 11), st.sampled_from(["remove", "replace", "insert"])),
+    end=st.sampled_from([b"\n", b"\r\n"]),
+)
+def test_edits_by_hand_between_ours_survive_a_revert(
+    recipe: set[int], mine: dict[int, str], end: bytes
+) -> None:
+    original = [b"line %d" % i + end for i in range(12)]
+
+    def by_hand(lines: list[bytes]) -> bytes:
+        out = []
+        for i, line in enumerate(lines):
+            edit = mine.get(i, "") if i not in recipe else ""
+            new = {"": [line], "remove": [], "replace": [b"mine" + end], "insert": [line, b"more" + end]}[
+                edit
+            ]
+            out += new
+        return b"".join(out)
+
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        (root / "f").write_bytes(b"".join(original))
+        tree = Tree.open(root)
+        starts = [sum(map(len, original[:i])) for i in range(12)]
+        tree.apply("r", "1", [Edit("f", starts[i], starts[i] + 4, b"OURS") for i in sorted(recipe)])
+        ours = (root / "f").read_bytes().splitlines(keepends=True)
+        (root / "f").write_bytes(by_hand(ours))
+        assert Tree.open(root).edited("r") == []
+        Tree.open(root).revert("r")
+        assert (root / "f").read_bytes() == by_hand(original)
