@@ -67,14 +67,14 @@ def find(root: Path, shape: CapacityShape, changed: Mapping[str, bytes] | None =
         raise KflexError(f"cannot read: {error.strerror}", shape.path, "is this the right tree?") from None
     places = clang.parse(path, data, _FLAGS).initializers(shape.name)
     if len(places) != 1:
-        lines = "".join(f":{line_of(data, start)}" for start, _ in places)
+        lines = "".join(f":{line_of(data, span.start)}" for _, span in places)
         what = f"{shape.name} is set {len(places)} times, 1 was expected"
         raise KflexError(what, f"{shape.path}{lines}", "set it by hand, and give --keep-capacities")
-    start, span = places[0]
+    place, span = places[0]
     text = data[span.start : span.end]
-    # A type in front of it, whose bound is the value.
+    # A type beside it, whose bound is the value.
     probe = b"\n; typedef struct { int (*bound)[(%s)]; } %s;\n" % (text, _PROBE.encode())
-    probed = clang.parse(path, data[:start] + probe + data[start:], _FLAGS)
+    probed = clang.parse(path, data[:place] + probe + data[place:], _FLAGS, macros=False)
     value = probed.array_bounds(_PROBE, "bound").get(_PROBE)
     return Capacity(shape, line_of(data, span.start), span.start, span.end, text.decode("latin-1"), value)
 

@@ -147,7 +147,7 @@ def find_in(root: Path, path: Path, shape: Shape, overlay: Mapping[Path, bytes] 
             raise KflexError(f"{name} is used without a size", where, "repair the declaration first")
         uses.append((use, use.arguments[index]))
     compiled = _compile(unit, uses, shape, flags, files)
-    defined = set(unit.definitions())
+    defined = set(unit.definitions)
     declarations = []
     for (use, span), (pages, value) in zip(uses, compiled, strict=True):
         source = unit.source(use.path)
@@ -179,10 +179,20 @@ def _relative(root: Path, path: Path) -> str | None:
 
 def _size_arguments(unit: clang.Unit, shape: Shape) -> dict[str, int | None]:
     """The heap macro and the macros around it: which argument is the size; None where none is."""
-    bodies: dict[str, list[clang.Token]] = {}
-    for name, (path, span) in unit.definitions().items():
-        if name != shape.macro and path.name != ".kflex-prelude.h":
-            bodies[name] = [t for t in unit.tokens(span.start, span.end, path) if t.kind != "comment"]
+    macro = shape.macro.encode()
+    # Tokens cost: only of macros that can reach ours, found by their text.
+    texts = {name: (path, span) for name, (path, span) in unit.definitions.items() if name != shape.macro}
+    reach, names = {}, [macro]
+    for word in names:
+        for name in [
+            n for n, (path, span) in texts.items() if word in unit.source(path)[span.start : span.end]
+        ]:
+            reach[name] = texts.pop(name)
+            names.append(name.encode())
+    bodies = {
+        name: [token for token in unit.tokens(span.start, span.end, path) if token.kind != "comment"]
+        for name, (path, span) in reach.items()
+    }
     known: dict[str, int | None] = {shape.macro: shape.argument}
     progress = True
     while progress:
@@ -219,8 +229,8 @@ def _compile(
 ) -> list[tuple[int | None, int | None]]:
     """(pages, value of the argument) of each use, from a copy with a type for each in front of each.
 
-    In place, because macros may be redefined further down; behind a semicolon, because what stands before may
-    not parse without its headers.
+    In place, because macros may be redefined further down; behind two semicolons, because what stands before
+    may not parse without its headers: one for a declaration half done, one for old-style parameters.
     """
     if not uses:
         return []
@@ -236,12 +246,14 @@ def _compile(
         probe = f"{_PROBE}{number}".encode()
         piece.append(source[at.get(use.path, 0) : use.start])
         piece.append(
-            b"; typedef %s %s; typedef struct { int (*max_entries)[(%s)]; } %sv; "
+            b"; ; typedef %s %s; typedef struct { int (*max_entries)[(%s)]; } %sv; "
             % (text, probe, size, probe)
         )
         at[use.path] = use.start
     copies = {path: b"".join([*piece, unit.source(path)[at[path] :]]) for path, piece in pieces.items()}
-    probed = clang.parse(unit.path, copies.get(unit.path, unit.data), flags, {**overlay, **copies})
+    probed = clang.parse(
+        unit.path, copies.get(unit.path, unit.data), flags, {**overlay, **copies}, macros=False
+    )
     bounds = probed.array_bounds(_PROBE, "max_entries")
     return [(bounds.get(f"{_PROBE}{n}"), bounds.get(f"{_PROBE}{n}v")) for n in range(len(uses))]
 
@@ -274,7 +286,7 @@ def _left_alone(
         return []
     path = _relative(root, unit.path) or ""
     taken = {use.start for use, _ in uses if use.path == unit.path}
-    defined = [span for where, span in unit.definitions().values() if where == unit.path]
+    defined = [span for where, span in unit.definitions.values() if where == unit.path]
     found = []
     tokens = unit.tokens()
     for token, following in zip(tokens, [*tokens[1:], None], strict=True):

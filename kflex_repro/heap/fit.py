@@ -136,9 +136,9 @@ def plan(
         else:
             changes.append(change)
             filled.append((shape, change.after))
-    refuse(problems(found.declarations, filled, gb, machine), gb, machine)
+    refuse(problems(found.declarations, filled, gb, machine), gb, machine, keep_capacities)
     made = Plan(gb, tuple(changes), found.mentions, tuple(warnings))
-    _confirm(root, layout, made, changed)
+    _confirm(layout, made, _after(root, layout, made, changed) if made.edits else found)
     return made
 
 
@@ -170,7 +170,7 @@ class Refused(KflexError):
     """A size that cannot work here."""
 
 
-def refuse(found: Sequence[model.Problem], gb: int, machine: model.Machine) -> None:
+def refuse(found: Sequence[model.Problem], gb: int, machine: model.Machine, kept: bool = False) -> None:
     """Raise for the first problem, with how many more there are and the nearest size that works."""
     if not found:
         return
@@ -178,12 +178,13 @@ def refuse(found: Sequence[model.Problem], gb: int, machine: model.Machine) -> N
     same = [problem for problem in found if problem.id == first.id]
     more = f" (and {len(same) - 1} more like it)" if len(same) > 1 else ""
     nearest = [problem.nearest_gb for problem in same if problem.nearest_gb is not None]
-    if first.id != "capacity":
-        fix = f"the nearest size that works is {min(nearest)} GB" if nearest else ""
-    elif len(nearest) == len(same) and not model.check([model.Heap("", max(nearest))], machine, {}):
-        fix = f"the nearest size that works is {max(nearest)} GB; or leave out --keep-capacities"
-    else:
-        fix = "no heap that works here holds them: leave out --keep-capacities"
+    # Of capacities, all must fit; and what they fit into must itself work here.
+    size = 0 if not nearest else max(nearest) if first.id == "capacity" else min(nearest)
+    if first.id == "capacity" and model.check([model.Heap("", size)], machine, {}):
+        size = 0
+    fix = f"the nearest size that works is {size} GB" if size else "no size works on this machine"
+    if first.id == "capacity" and kept:
+        fix += "; or leave out --keep-capacities"
     raise Refused(first.what + more, f"--gb {gb}", fix)
 
 
@@ -238,13 +239,18 @@ def _capacity_change(constant: Capacity, gb: int, machine: model.Machine, keep: 
     )
 
 
-def _confirm(root: Path, layout: Layout, made: Plan, changed: Mapping[str, bytes] | None) -> None:
-    """Read the planned tree again: every heap must compile to the planned size."""
+def _after(root: Path, layout: Layout, made: Plan, changed: Mapping[str, bytes] | None) -> declarations.Found:
+    """The declarations as they will be."""
     after = dict(changed or {})
     for path in {edit.path for edit in made.edits}:
         data = after[path] if path in after else (root / path).read_bytes()
         after[path] = replaced(data, [edit for edit in made.edits if edit.path == path])
-    for item in declarations.find(root, layout.heaps, after).declarations:
+    return declarations.find(root, layout.heaps, after)
+
+
+def _confirm(layout: Layout, made: Plan, after: declarations.Found) -> None:
+    """Every heap must compile to the planned size."""
+    for item in after.declarations:
         if item.pages is not None and item.gb != made.gb:
             raise KflexError(
                 f"{layout.heaps.macro}({item.text}, …) makes a heap of {item.pages:,} pages, "

@@ -117,12 +117,34 @@ class Unit:
     def __init__(self, path: Path, sources: Mapping[Path, bytes], unit: Any) -> None:
         self.path = path
         self.data = sources[path]
-        self._unit = unit
+        self.handle = unit
         self._sources = dict(sources)
 
     def cursors(self) -> Iterator[Any]:
         """The top-level cursors, those of included files too."""
-        yield from self._unit.cursor.get_children()
+        yield from self._cursors
+
+    @functools.cached_property
+    def _cursors(self) -> list[Any]:
+        return list(self.handle.cursor.get_children())
+
+    def declarations(self) -> Iterator[Any]:
+        """Declarations of the file itself in namespaces, classes and at its top; not those in functions."""
+        kinds = _library().CursorKind
+        inside = {
+            kinds.NAMESPACE,
+            kinds.LINKAGE_SPEC,
+            kinds.UNEXPOSED_DECL,
+            kinds.CLASS_DECL,
+            kinds.STRUCT_DECL,
+            kinds.CLASS_TEMPLATE,
+        }
+        waiting = [cursor for cursor in self.cursors() if self.of(cursor) == self.path]
+        while waiting:
+            cursor = waiting.pop()
+            yield cursor
+            if cursor.kind in inside:
+                waiting += cursor.get_children()
 
     def functions(self) -> list[Any]:
         """Functions and methods that the file itself defines, in namespaces and classes too."""
@@ -193,19 +215,20 @@ class Unit:
         path = path or self.path
         data = self.source(path)
         end = len(data) if end is None else end
-        file = ci.File.from_name(self._unit, str(path))
+        file = ci.File.from_name(self.handle, str(path))
         extent = ci.SourceRange.from_locations(
-            ci.SourceLocation.from_offset(self._unit, file, start),
-            ci.SourceLocation.from_offset(self._unit, file, end),
+            ci.SourceLocation.from_offset(self.handle, file, start),
+            ci.SourceLocation.from_offset(self.handle, file, end),
         )
         found = []
-        for token in self._unit.get_tokens(extent=extent):
+        for token in self.handle.get_tokens(extent=extent):
             first, last = token.extent.start.offset, token.extent.end.offset
             # libclang's range ends with the token that begins at its end.
             if start <= first and last <= end:
                 found.append(Token(_KINDS[token.kind.name], first, last, data[first:last]))
         return found
 
+    @functools.cached_property
     def definitions(self) -> dict[str, tuple[Path, Span]]:
         """Macros that source text defines (the last definition of each): where the name and body are."""
         ci = _library()
@@ -217,7 +240,10 @@ class Unit:
         return found
 
     def initializers(self, name: str) -> list[tuple[int, Span]]:
-        """Where the file initializes a variable, or defines a macro, of this name: (its start, the value)."""
+        """Where the file initializes a variable, or defines a macro, of this name: the value.
+
+        With it goes an offset where a declaration may stand: behind the variable's, in front of the macro's.
+        """
         ci = _library()
         found = []
         for cursor in self.walk():
@@ -226,10 +252,11 @@ class Unit:
             start, end = cursor.extent.start.offset, cursor.extent.end.offset
             tokens = [token for token in self.tokens(start, end) if token.kind != "comment"]
             if cursor.kind == ci.CursorKind.MACRO_DEFINITION:
-                # libclang's range begins at the name; what gets a probe in front is the directive.
-                start, value = self.data.rfind(b"#", 0, start), tokens[1:]
+                # libclang's range begins at the name, not at the directive.
+                place, value = self.data.rfind(b"#", 0, start), tokens[1:]
             elif cursor.kind == ci.CursorKind.VAR_DECL:
                 at = next((i for i, token in enumerate(tokens) if token.text == name.encode()), len(tokens))
+                place = self.data.find(b";", end) + 1 or len(self.data)
                 value = tokens[at + 1 :]
                 if value and value[0].text == b"=":
                     value = value[1:]
@@ -240,7 +267,7 @@ class Unit:
             else:
                 continue
             if value:
-                found.append((start, Span(value[0].start, value[-1].end)))
+                found.append((place, Span(value[0].start, value[-1].end)))
         return found
 
     def expansions(self, names: Sequence[str]) -> list[Expansion]:
@@ -263,7 +290,7 @@ class Unit:
         """
         ci = _library()
         found = {}
-        for cursor in self.cursors():
+        for cursor in (*self.cursors(), *self.declarations()):
             if cursor.kind != ci.CursorKind.TYPEDEF_DECL or not cursor.spelling.startswith(prefix):
                 continue
             record = cursor.underlying_typedef_type.get_canonical().get_declaration()
@@ -308,10 +335,12 @@ def parse(
     data: bytes | None = None,
     flags: Sequence[str] = (),
     overlay: Mapping[Path, bytes] | None = None,
+    macros: bool = True,
 ) -> Unit:
     """Parse ``path`` (its bytes are ``data`` if given) with a compiler's flags, ``-I`` first of all.
 
-    ``overlay`` replaces or makes up other files. KflexError only where libclang gives nothing at all.
+    ``overlay`` replaces or makes up other files; without ``macros`` no definitions and expansions are kept,
+    which is faster. KflexError only where libclang gives nothing at all.
     """
     ci = _library()
     if data is None:
@@ -323,7 +352,7 @@ def parse(
             str(path),
             ["-ferror-limit=0", *builtin_headers(), *flags],
             unsaved,
-            options=_DETAILED_PREPROCESSING_RECORD | _KEEP_GOING,
+            options=_KEEP_GOING | (_DETAILED_PREPROCESSING_RECORD if macros else 0),
         )
     except ci.TranslationUnitLoadError:
         raise KflexError("libclang cannot parse the file", str(path)) from None

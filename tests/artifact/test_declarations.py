@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
 
 from kflex_repro.errors import KflexError
 from kflex_repro.heap import declarations
 from kflex_repro.heap.declarations import Found, Shape
-from tests.artifact.variants import HEADER, Variant, variants
+from tests.artifact.variants import HEADER
 
 SHAPE = Shape()
 
@@ -81,20 +80,3 @@ def test_a_macro_that_hides_the_size_is_refused_with_its_place(tmp_path: Path, d
 
 def test_a_tree_without_declarations_has_none(tmp_path: Path) -> None:
     assert declarations.find(tmp_path, SHAPE) == Found((), ())
-
-
-@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
-@given(variant=variants())
-def test_every_variant_is_read_as_it_was_written(
-    tmp_path_factory: pytest.TempPathFactory, variant: Variant
-) -> None:
-    root = tmp_path_factory.getbasetemp() / "variant"
-    (root / "bpf").mkdir(parents=True, exist_ok=True)
-    changed = {"bpf/include/ffkx_heap.bpf.h": variant.header, "bpf/v.bpf.c": variant.source()}
-    (root / "bpf/v.bpf.c").write_bytes(variant.source())
-    found = declarations.find(root, SHAPE, changed)
-    wanted = [size for part in variant.parts for size in part.sizes]
-    assert [one.text.replace("\r", "") for one in found.declarations] == [size.text for size in wanted]
-    assert [one.gb for one in found.declarations] == [
-        size.wrapped if variant.wrapped else size.bare for size in wanted
-    ]

@@ -63,13 +63,15 @@ class Variant:
         return (b"\xef\xbb\xbf" if self.mark else b"") + text.encode("latin-1")
 
     @property
-    def count(self) -> int:
-        """How many declarations there are."""
-        return sum(len(part.sizes) for part in self.parts)
+    def sizes(self) -> list[tuple[str, int | None]]:
+        """Each declaration's size: its text, and the GB it compiles to."""
+        return [(size.text, self._compiled(size)) for part in self.parts for size in part.sizes]
+
+    def _compiled(self, size: Size) -> int | None:
+        return size.wrapped if self.wrapped else size.bare
 
     def _size(self, size: Size, gb: int | None) -> str:
-        compiled = size.wrapped if self.wrapped else size.bare
-        return size.text if gb is None or gb == compiled else str(gb)
+        return size.text if gb is None or gb == self._compiled(size) else str(gb)
 
 
 def _plain(text: str, value: int) -> Size:
