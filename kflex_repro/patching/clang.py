@@ -117,7 +117,7 @@ class Unit:
     def __init__(self, path: Path, sources: Mapping[Path, bytes], unit: Any) -> None:
         self.path = path
         self.data = sources[path]
-        self.handle = unit
+        self._unit = unit
         self._sources = dict(sources)
 
     def cursors(self) -> Iterator[Any]:
@@ -126,10 +126,17 @@ class Unit:
 
     @functools.cached_property
     def _cursors(self) -> list[Any]:
-        return list(self.handle.cursor.get_children())
+        return list(self._unit.cursor.get_children())
 
-    def declarations(self) -> Iterator[Any]:
-        """Declarations of the file itself in namespaces, classes and at its top; not those in functions."""
+    @staticmethod
+    def _ours(cursor: Any) -> bool:
+        # Headers bring thousands of cursors; to ask each for its file by name takes a second.
+        ask = _library().conf.lib.clang_Location_isFromMainFile
+        ask.argtypes = [_library().SourceLocation]
+        return bool(ask(cursor.location))
+
+    def _declarations(self) -> Iterator[Any]:
+        """Top-level cursors of all files, and those that the file itself has in namespaces and classes."""
         kinds = _library().CursorKind
         inside = {
             kinds.NAMESPACE,
@@ -139,25 +146,16 @@ class Unit:
             kinds.STRUCT_DECL,
             kinds.CLASS_TEMPLATE,
         }
-        waiting = [cursor for cursor in self.cursors() if self.of(cursor) == self.path]
+        waiting = list(self.cursors())
         while waiting:
             cursor = waiting.pop()
             yield cursor
-            if cursor.kind in inside:
+            if cursor.kind in inside and self._ours(cursor):
                 waiting += cursor.get_children()
 
     def functions(self) -> list[Any]:
         """Functions and methods that the file itself defines, in namespaces and classes too."""
-        ci = _library()
-        kinds = ci.CursorKind
-        inside = {
-            kinds.NAMESPACE,
-            kinds.LINKAGE_SPEC,
-            kinds.UNEXPOSED_DECL,
-            kinds.CLASS_DECL,
-            kinds.STRUCT_DECL,
-            kinds.CLASS_TEMPLATE,
-        }
+        kinds = _library().CursorKind
         wanted = {
             kinds.FUNCTION_DECL,
             kinds.CXX_METHOD,
@@ -165,19 +163,11 @@ class Unit:
             kinds.CONSTRUCTOR,
             kinds.DESTRUCTOR,
         }
-        # Headers bring thousands of cursors; to ask each for its file by name takes a second.
-        ours = ci.conf.lib.clang_Location_isFromMainFile
-        ours.argtypes = [ci.SourceLocation]
-        found = []
-        waiting = list(self.cursors())
-        while waiting:
-            cursor = waiting.pop()
-            kind = cursor.kind
-            if kind in inside and ours(cursor.location):
-                waiting += cursor.get_children()
-            elif kind in wanted and ours(cursor.location) and cursor.is_definition():
-                found.append(cursor)
-        return found
+        return [
+            cursor
+            for cursor in self._declarations()
+            if cursor.kind in wanted and self._ours(cursor) and cursor.is_definition()
+        ]
 
     def skipped(self) -> list[Span]:
         """What the preprocessor leaves out of the file itself: #if 0, the other branch of an #ifdef."""
@@ -215,13 +205,13 @@ class Unit:
         path = path or self.path
         data = self.source(path)
         end = len(data) if end is None else end
-        file = ci.File.from_name(self.handle, str(path))
+        file = ci.File.from_name(self._unit, str(path))
         extent = ci.SourceRange.from_locations(
-            ci.SourceLocation.from_offset(self.handle, file, start),
-            ci.SourceLocation.from_offset(self.handle, file, end),
+            ci.SourceLocation.from_offset(self._unit, file, start),
+            ci.SourceLocation.from_offset(self._unit, file, end),
         )
         found = []
-        for token in self.handle.get_tokens(extent=extent):
+        for token in self._unit.get_tokens(extent=extent):
             first, last = token.extent.start.offset, token.extent.end.offset
             # libclang's range ends with the token that begins at its end.
             if start <= first and last <= end:
@@ -290,7 +280,7 @@ class Unit:
         """
         ci = _library()
         found = {}
-        for cursor in (*self.cursors(), *self.declarations()):
+        for cursor in self._declarations():
             if cursor.kind != ci.CursorKind.TYPEDEF_DECL or not cursor.spelling.startswith(prefix):
                 continue
             record = cursor.underlying_typedef_type.get_canonical().get_declaration()
