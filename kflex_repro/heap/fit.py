@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from kflex_repro import __version__
 from kflex_repro.errors import KflexError
 from kflex_repro.heap import capacities, declarations, model, search
 from kflex_repro.heap.capacities import Capacity, CapacityShape
@@ -303,12 +302,12 @@ def preview(tree: Tree, made: Plan) -> Outcome:
     return Outcome(made, tree.diff(made.edits, without=RECIPE))
 
 
-def apply(tree: Tree, made: Plan) -> Outcome:
+def apply(tree: Tree, made: Plan, version: str = "1") -> Outcome:
     """Make the tree what is planned, all files or none; originals are kept in the tree's state directory."""
     outcome = preview(tree, made)
     if outcome.diff and not made.edits:
         tree.revert(RECIPE)
     elif outcome.diff:
         facts = {"gb": made.gb, **{change.name: change.after for change in made.changes}}
-        tree.apply(RECIPE, __version__, made.edits, facts)
+        tree.apply(RECIPE, version, made.edits, facts)
     return outcome

@@ -95,7 +95,7 @@ def fit_heap(
         outcome = fit.preview(tree, made)
         warnings = [*(tree.warnings() if outcome.diff else []), *fit.warnings(tree, made, machine)]
     if not dry_run:
-        outcome = fit.apply(tree, made)
+        outcome = fit.apply(tree, made, layout().version)
     if as_json:
         click.echo(json.dumps(_as_json(tree, outcome, warnings, dry_run), indent=2))
         return

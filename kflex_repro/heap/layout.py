@@ -21,6 +21,7 @@ class Layout:
 
     heaps: Shape
     capacities: tuple[CapacityShape, ...] = ()
+    version: str = "1"
 
 
 @functools.cache
@@ -28,9 +29,10 @@ def layout() -> Layout:
     """The layout in the recipe. KflexError where the recipe is not there or says something unknown."""
     path = source_root() / "patches" / f"{RECIPE}.toml"
     try:
-        table = tomllib.loads(path.read_text())["fit"]
+        recipe = tomllib.loads(path.read_text())
+        table = recipe["fit"]
         capacities = tuple(CapacityShape(**_frozen(item)) for item in table.pop("capacity", []))
-        return Layout(Shape(**_frozen(table)), capacities)
+        return Layout(Shape(**_frozen(table)), capacities, recipe["version"])
     except OSError as error:
         raise KflexError(f"cannot read the recipe: {error.strerror}", str(path)) from None
     except (ValueError, KeyError, TypeError) as error:

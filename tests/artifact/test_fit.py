@@ -131,6 +131,18 @@ def test_json_has_the_places_the_numbers_and_the_diff(run: Run) -> None:
     assert any("address-search" in line for line in report["warnings"])
 
 
+def test_other_recipes_on_the_same_files_stay_when_the_heaps_go_back(root: Path, run: Run) -> None:
+    for recipe in ("address-search", "out-of-heap"):
+        assert main(["patch", "apply", recipe, "--source", str(root)]) == 0
+    patched = snapshot(root)
+    code, _, err = run("--gb", "4")
+    assert code == 0 and "address-search" not in err
+    assert run("--gb", "1")[0] == 0
+    assert snapshot(root) != patched
+    assert run("--revert")[0] == 0
+    assert snapshot(root) == patched
+
+
 def test_a_size_from_another_macro_is_written_at_the_use_and_said(root: Path, run: Run) -> None:
     source = root / "bpf/ffkx_redis.bpf.c"
     text = source.read_text().replace("ffkx_heap(256,", "ffkx_heap(HEAP_GB,")
