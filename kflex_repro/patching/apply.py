@@ -167,7 +167,8 @@ def _edits(step: Step, source: Source, known: Mapping[str, str], where: str) -> 
     edits: list[Edit] = []
 
     def put(start: int, end: int, text: str) -> None:
-        data = text.encode().replace(b"\n", source.newline)
+        # What is quoted of the file has its line ends already, and its bytes need not be UTF-8.
+        data = text.encode("utf-8", "surrogateescape").replace(b"\r\n", b"\n").replace(b"\n", source.newline)
         edits.append(Edit(source.path, start, end, data))
 
     def filled(**more: bytes) -> str:

@@ -393,6 +393,27 @@ def test_each_kind_of_step_changes_its_place_only(kitchen: Path, what: str) -> N
     assert cook(kitchen, step) == expected
 
 
+@pytest.mark.parametrize("what", STEPS)
+def test_line_ends_and_bytes_that_are_no_utf8_come_through(kitchen: Path, what: str) -> None:
+    """A call over two lines with such bytes in it, too: what is quoted in the new text is what was there."""
+
+    def result(content: bytes) -> bytes:
+        (kitchen / "a.cpp").write_bytes(content)
+        tree = Tree.open(kitchen)
+        apply.apply(apply.plan(recipe.load("r"), tree), tree)
+        after = (kitchen / "a.cpp").read_bytes()
+        Tree.open(kitchen).revert("r")
+        assert (kitchen / "a.cpp").read_bytes() == content
+        return after
+
+    cook(kitchen, STEPS[what][0])
+    plain = FILE.encode().replace(b'use(n, "text")', b'use(n,\n      "text" /* \xff\xfe */)')
+    plain = plain.replace(b"(n + 1, f(2, 3))", b"(n + 1, /* \xfc */\n      f(2, 3))")
+    unix, dos = result(plain), result(plain.replace(b"\n", b"\r\n"))
+    assert unix != plain
+    assert dos == unix.replace(b"\n", b"\r\n")
+
+
 def test_a_parameter_is_filled_in_and_checked(kitchen: Path) -> None:
     step = "kind='initializer'\nname='retries'\nnew='$tries'"
     more = "[parameter.tries]\ntype='integer'\nhelp='how often'\nleast=1\nmost=9\n"
