@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from kflex_repro.errors import KflexError
 from kflex_repro.patching import apply, recipe
@@ -412,6 +414,34 @@ def test_line_ends_and_bytes_that_are_no_utf8_come_through(kitchen: Path, what: 
     unix, dos = result(plain), result(plain.replace(b"\n", b"\r\n"))
     assert unix != plain
     assert dos == unix.replace(b"\n", b"\r\n")
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    what=st.sampled_from(sorted(STEPS)),
+    at=st.integers(0, len(FILE)),
+    length=st.integers(0, 40),
+    noise=st.one_of(
+        st.binary(max_size=8), st.sampled_from([b"(", b")", b"{", b"}", b'"', b"/*", b"#if 0\n", b"<"])
+    ),
+)
+def test_a_damaged_file_is_patched_back_and_forth_or_refused(
+    kitchen: Path, what: str, at: int, length: int, noise: bytes
+) -> None:
+    (kitchen / "a.cpp").write_text(FILE)
+    cook(kitchen, STEPS[what][0])
+    content = FILE.encode()
+    content = content[:at] + noise + content[at + length :]
+    (kitchen / "a.cpp").write_bytes(content)
+    tree = Tree.open(kitchen)
+    try:
+        apply.apply(apply.plan(recipe.load("r"), tree), tree)
+    except KflexError:
+        assert (kitchen / "a.cpp").read_bytes() == content
+        return
+    assert apply.plan(recipe.load("r"), Tree.open(kitchen)).diff == ""
+    Tree.open(kitchen).revert("r")
+    assert (kitchen / "a.cpp").read_bytes() == content
 
 
 def test_a_parameter_is_filled_in_and_checked(kitchen: Path) -> None:
