@@ -193,7 +193,7 @@ SPOILED = [
         "libbpf/src/libbpf.c",
         "1UL << 48",
         "1UL << 47",
-        r"is not 1UL << 48 \(.*libbpf.c:41\)",
+        r"is not 1UL << 48 \(.*libbpf.c:\d+\)",
     ),
     (
         "address-search",
