@@ -105,9 +105,13 @@ def out_of_heap(case: Case) -> Cause | None:
     for failure in case.log.failures:
         if failure.call == "out-of-heap":
             cpus = model.possible_cpus()
-            retained, freed = (
-                size_text(model.need(_PUBLISHED_OBJECTS, model.Allocator(cpus=cpus, retain=retain)).bytes)
-                for retain in (True, False)
+            once, planned, retained = (
+                size_text(model.need(_PUBLISHED_OBJECTS, allocator).bytes)
+                for allocator in (
+                    model.Allocator(cpus, doubled=False),
+                    model.Allocator(cpus),
+                    model.Allocator(cpus, retain=True),
+                )
             )
             return Cause(
                 "out-of-heap",
@@ -116,8 +120,8 @@ def out_of_heap(case: Case) -> Cause | None:
                 (
                     describe(failure),
                     "the artifact takes .value() of a failed allocation: an abort, without a word of memory",
-                    f"the published {_PUBLISHED_OBJECTS:,} objects take {retained} of heap, {freed} with "
-                    "jemalloc's retain:false",
+                    f"the published {_PUBLISHED_OBJECTS:,} objects take {once} of heap; where jemalloc takes "
+                    f"from it too, {planned} with retain:false, {retained} without",
                 ),
                 (
                     "MALLOC_CONF=retain:false in the program's environment (docs/heap.md says why)",

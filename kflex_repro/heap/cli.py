@@ -93,7 +93,7 @@ def _print(made: words.Explanation) -> None:
         if case.real and case.paper != case.outcome:
             console.print(Text("Paper says otherwise: something here keeps mmap from working.", "bold red"))
             console.print(Text(f"On paper: {words.verdict(replace(case, outcome=case.paper))}"))
-    retained, exact = words.capacities(made)
+    objects = words.capacities(made)
     free = made.machine.ram_available
     fits = memory.misfit("", heap.ram_bytes, free) is None
     console.print()
@@ -104,8 +104,9 @@ def _print(made: words.Explanation) -> None:
         + ("." if fits else ", so it fails with ENOMEM before any search.")
     )
     console.print(
-        f"It holds {retained:,} objects of each size class on {made.machine.cpus} CPUs, {exact:,} with "
-        f"MALLOC_CONF=retain:false; the artifact asks for {words.ARTIFACT_OBJECTS:,}."
+        f"On {objects.cpus} CPUs it holds {objects.planned:,} objects of each size class, if the program has "
+        f"MALLOC_CONF=retain:false in its environment ({objects.retained:,} to {objects.once:,} without: "
+        f"docs/heap.md); the artifact asks for {words.ARTIFACT_OBJECTS:,}."
     )
 
 

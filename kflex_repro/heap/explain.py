@@ -121,16 +121,34 @@ def works_for(where: Platform, name: str) -> list[int]:
     return sizes
 
 
-def capacities(made: Explanation) -> tuple[int, int]:
-    """The objects that the heap holds on this machine's CPUs: with jemalloc's retain on, and off."""
-    on, off = (model.Allocator(made.machine.cpus, retain=retain) for retain in (True, False))
-    return model.largest_objects(made.gb, on), model.largest_objects(made.gb, off)
+@dataclass(frozen=True)
+class Objects:
+    """How many objects of each size class a heap holds, as heap/model.py tells the cases apart.
+
+    ``once``: mallocx takes ordinary memory; ``planned``: it takes the heap's, ``retain:false``; ``retained``:
+    the heap's, with jemalloc's default.
+    """
+
+    cpus: int
+    once: int
+    planned: int
+    retained: int
+
+
+def capacities(made: Explanation) -> Objects:
+    """The objects that the heap holds on this machine's CPUs."""
+    cpus = made.machine.cpus
+    cases = (
+        model.Allocator(cpus, doubled=False),
+        model.Allocator(cpus),
+        model.Allocator(cpus, retain=True),
+    )
+    return Objects(cpus, *(model.largest_objects(made.gb, case) for case in cases))
 
 
 def as_json(made: Explanation) -> dict[str, object]:
     """The explanation, JSON-ready; addresses are numbers."""
     heap = model.Heap("heap", made.gb)
-    retained, exact = capacities(made)
     return {
         "schema": 1,
         "gb": made.gb,
@@ -142,7 +160,7 @@ def as_json(made: Explanation) -> dict[str, object]:
         "platform": made.platform.name,
         "va_bits": made.platform.bits,
         "task_size": made.platform.task_size,
-        "objects": {"cpus": made.machine.cpus, "jemalloc_default": retained, "retain_false": exact},
+        "objects": asdict(capacities(made)),
         "searches": {
             case.name: {
                 "real": case.real,

@@ -126,6 +126,9 @@ def _show(outcome: fit.Outcome, warnings: list[str]) -> None:
     for name, where, numbers, notes in rows:
         wide = max(len(row[0]) for row in rows), max(len(row[1]) for row in rows)
         click.echo(f"{name:<{wide[0]}}  {where:<{wide[1]}}  {'; '.join((numbers, *notes))}")
+    if any(change.kind == "capacity" for change in outcome.plan.changes):
+        setting = " ".join(f"{name}={value}" for name, value in model.ENVIRONMENT.items())
+        click.echo(f"start the program with {setting} in its environment (`run --artifact` does)")
     for mention in outcome.plan.left_alone:
         click.echo(f"left alone: {mention.path}:{mention.line}, {mention.why}")
     if outcome.diff:
@@ -189,6 +192,7 @@ def _as_json(tree: Tree, outcome: fit.Outcome, warnings: list[str], dry_run: boo
         "dry_run": dry_run,
         "heaps": [change for change in changes if change["kind"] == "heap"],
         "capacities": [change for change in changes if change["kind"] == "capacity"],
+        "environment": model.ENVIRONMENT,
         "left_alone": [asdict(mention) for mention in outcome.plan.left_alone],
         "warnings": warnings,
         "diff": _text(outcome.diff),

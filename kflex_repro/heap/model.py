@@ -3,10 +3,16 @@
 Facts [read] in the KFlex repository have the file named; those of jemalloc are [measured] with Debian 12's
 5.3.0 (tests/artifact/fill.c fills a heap the same way). Sizes are bytes unless a name says GB (2^30).
 
-jemalloc decides more than anything else: the artifact gives it hooks that cannot split an extent, so with
-its default ``retain:true`` it takes 2 MiB of the heap for every slab of 4 to 28 KiB and leaks the rest.
-With ``MALLOC_CONF=retain:false`` in the environment of the program (or in it:
-``const char *malloc_conf = "retain:false";``) the same heap holds about 60 times as many objects.
+Each allocation of the program is made twice: with mallocx, from a jemalloc arena that has the heap as its
+memory, and from a bump pointer over the heap; only the second is used. What the first takes depends:
+
+- As published, the arena's number is lost when the allocator is moved (BPFHeapAllocator.hpp), and mallocx
+  most likely takes ordinary memory, untouched: ``doubled=False``. But no standard says what the number is.
+- With the right arena and ``MALLOC_CONF=retain:false`` in the program's environment it takes as much again.
+- With the right arena and jemalloc's default, ``retain:true``, it takes 2 MiB for every slab of 4 to 28 KiB
+  and leaks the rest, as the arena's hooks cannot split an extent: 60 times as much.
+
+A plan is for the second: with that setting the program then starts in either case.
 """
 
 from __future__ import annotations
@@ -29,6 +35,8 @@ PAGE = 4096
 PAGES_PER_GB = GIB // PAGE
 # max_entries is 32 bits wide; the largest power of two of GB whose pages it can count.
 MAX_GB = 8192
+# What the program is to be started with, for a plan to hold.
+ENVIRONMENT = {"MALLOC_CONF": "retain:false"}
 # The kernel's vmalloc of a heap: a pointer and a page-table entry for each page.
 VMALLOC_PER_PAGE = 16
 # `--auto` leaves the rest of the free RAM to everything else.
@@ -93,7 +101,8 @@ class Allocator:
     ``cpus`` are the possible CPUs. ``class_bytes`` are the size classes that are filled, each with the
     capacity, and with ``percpu_objects`` for each CPU, ``header`` bytes before each object. ``doubled``: each
     allocation is made twice, with mallocx and from the bump pointer (AllocateNew). ``retain`` is jemalloc's
-    setting of that name (default on). ``buffer_bytes`` is a CPU's key or value buffer (512 for Redis).
+    setting of that name (its default is on; ENVIRONMENT switches it off). ``buffer_bytes`` is a CPU's key or
+    value buffer (512 for Redis).
     """
 
     cpus: int
@@ -101,7 +110,7 @@ class Allocator:
     header: int = 16
     percpu_objects: int = 512
     doubled: bool = True
-    retain: bool = True
+    retain: bool = False
     hash_entries: int = 1_000_000
     buffer_bytes: int = 1024
 

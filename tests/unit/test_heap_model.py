@@ -89,11 +89,12 @@ def test_the_parts_add_up(count: int, allocator: Allocator) -> None:
 
 def test_the_artifacts_capacity() -> None:
     """10 M objects: 6.24 GB once, twice that with jemalloc at its best, and a terabyte at its default."""
-    found = model.need(10_000_000, Allocator(cpus=2, retain=False))
+    found = model.need(10_000_000, Allocator(cpus=2))
     assert found.prefill == 6_240_000_000
     assert 12.5e9 < found.bytes < 13e9
-    assert model.smallest_gb(10_000_000, Allocator(cpus=2, retain=False)) == 16
-    assert model.smallest_gb(10_000_000, Allocator(cpus=2)) == 1024
+    assert model.smallest_gb(10_000_000, Allocator(cpus=2)) == 16
+    assert model.smallest_gb(10_000_000, Allocator(cpus=2, doubled=False)) == 8
+    assert model.smallest_gb(10_000_000, Allocator(cpus=2, retain=True)) == 1024
 
 
 @pytest.fixture(scope="module")
@@ -146,8 +147,8 @@ def test_the_largest_capacity_really_fits(fill, gb: int, retain: bool) -> None:
 
 
 def test_the_artifacts_capacity_does_not_fit_its_own_heap_with_jemallocs_default(fill) -> None:
-    assert not fill(256, 10_000_000, Allocator(cpus=2))["fits"]
-    assert fill(16, 10_000_000, Allocator(cpus=2, retain=False))["fits"]
+    assert not fill(256, 10_000_000, Allocator(cpus=2, retain=True))["fits"]
+    assert fill(16, 10_000_000, Allocator(cpus=2))["fits"]
 
 
 # -- sizes --
