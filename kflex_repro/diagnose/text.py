@@ -437,6 +437,25 @@ def _facts(line: str, number: int) -> Iterable[Event]:
 
 _OUT_OF_HEAP = re.compile(r"bad_optional_access|Bad StatusOr access|RESOURCE_EXHAUSTED", re.I)
 _CGROUP = re.compile(r"[Ff]ailed to (?:open|attach).{0,60}\bcgroup")
+# A heap's failed call as people log it: "mmap of heap (4294967296 bytes) failed: Cannot allocate memory".
+_HEAP = re.compile(r"\bheap\b", re.I)
+_HEAP_CALL = re.compile(
+    r"\b(?P<map>mmap)|\b(?P<create>map_create|create_map|bpf_map_create|creat\w+)\b", re.I
+)
+_SIZE = re.compile(r"\b(?:(?P<bytes>\d{9,16})|(?P<gb>\d{1,5}) ?Gi?B?)\b")
+
+
+def _heap_call(line: str, number: int) -> Event | None:
+    """A map creation or mmap of a heap that got ENOMEM, in words of nobody's in particular."""
+    call = _HEAP_CALL.search(line)
+    if call is None or not _HEAP.search(line):
+        return None
+    size = _SIZE.search(line)
+    length = (int(size["bytes"]) if size["bytes"] else int(size["gb"]) << 30) if size else None
+    if call["map"]:
+        flags = MAP_SHARED | MAP_FIXED_NOREPLACE
+        return Mmap("heap", errno.ENOMEM, length=length, flags=flags, line=number, form="libbpf")
+    return MapCreate(name="heap", errno=errno.ENOMEM, bytes=length, line=number, form="text")
 
 
 def _plain(line: str, number: int) -> Iterable[Event]:
@@ -446,4 +465,4 @@ def _plain(line: str, number: int) -> Iterable[Event]:
     elif _CGROUP.search(line):
         yield Failure("attach to cgroup", errno_of(line), words, line=number)
     elif re.search(r"\bENOMEM\b|" + re.escape(os.strerror(errno.ENOMEM)), line):
-        yield Failure("message", errno.ENOMEM, words, line=number)
+        yield _heap_call(line, number) or Failure("message", errno.ENOMEM, words, line=number)

@@ -237,6 +237,24 @@ def test_the_second_enomem_in_the_artifacts_own_words() -> None:
     assert "address-search" not in ids(words, Heap("heap", 256, "bpf/ffkx_redis.bpf.c", 12))
 
 
+@pytest.mark.parametrize(
+    ("line", "cause"),
+    [
+        ("mmap of heap (4294967296 bytes) failed: Cannot allocate memory", "address-search"),
+        ("bpf: heap mmap failed after 1024 tries, size 4 GB: ENOMEM", "address-search"),
+        ("bpf_map_create(heap, 274877906944 bytes) = ENOMEM", "eager-heap"),
+        ("creating the heap map of 256GB: Cannot allocate memory", "eager-heap"),
+        ("heap mmap of 256 GB: Cannot allocate memory", None),
+        ("mmap: Cannot allocate memory", None),
+        ("java.lang.OutOfMemoryError: heap space: Cannot allocate memory", None),
+    ],
+)
+def test_either_enomem_in_words_of_somebody(line: str, cause: str | None) -> None:
+    found = judged(line + "\n" + FOUR_LEVELS)
+    assert [each.id for each in found.causes] == ([cause] if cause else [])
+    assert found.unknown == (cause is None)
+
+
 @pytest.mark.parametrize("gb", [1, 2, 4, 8, 16, 32, 64, 128])
 def test_every_size_that_runs_out(gb: int) -> None:
     assert ids(search_lines(gb * GIB) + FOUR_LEVELS)[0] == "address-search"
