@@ -341,6 +341,9 @@ def _rows() -> tuple[_Row, ...]:
         bpf("tcx", "BPF tcx", "serving remote clients (later)", probe.tcx),
         bpf("fentry", "BPF fentry", "probes at functions (later)", probe.fentry),
         bpf("kprobe", "kprobes", "probes at functions (later)", probe.kprobe),
+        bpf(
+            "uprobe_multi", "uprobe_multi", "probes at all functions of a server at once", probe.uprobe_multi
+        ),
         bpf("arena", "BPF arena", later, probe.arena),
         _Row("cgroup2", "cgroup v2", "where sockops attaches", _cgroup2, required=True),
         _Row(
@@ -387,6 +390,7 @@ def _rows() -> tuple[_Row, ...]:
             True,
         ),
         _Row("ip", "ip (iproute2)", "clients over veth (--netns)", _program("ip", "iproute2", True)),
+        _Row("perf", "perf", "kflex-repro profile", _program("perf", "linux-perf", True)),
         _Row("python", "Python", "this toolkit", _python, required=True),
     )
 

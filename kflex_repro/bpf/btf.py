@@ -146,6 +146,10 @@ class Btf:
         """The constants of ``enum name``."""
         return dict(self._types[self._named(name, _ENUM, _ENUM64)].members)
 
+    def typedefs(self, prefix: str) -> list[str]:
+        """Names of typedefs that begin with ``prefix``."""
+        return [name for name, kind in self._by_name if kind == _TYPEDEF and name.startswith(prefix)]
+
     def constants(self) -> dict[str, int]:
         """The constants of all enums, the unnamed ones too."""
         found: dict[str, int] = {}

@@ -74,6 +74,7 @@ class AttachType(enum.IntEnum):
     SK_SKB_VERDICT = 38
     TCX_INGRESS = 46
     TCX_EGRESS = 47
+    TRACE_UPROBE_MULTI = 48
 
 
 BPF_ANY, BPF_NOEXIST, BPF_EXIST = 0, 1, 2
@@ -215,6 +216,18 @@ class IterAttachOpts(c.Structure):
     _fields_ = [("sz", c.c_size_t), ("link_info", c.c_void_p), ("link_info_len", c.c_uint32)]
 
 
+class UprobeOpts(c.Structure):
+    """struct bpf_uprobe_opts of libbpf 1.1."""
+
+    _fields_ = [
+        ("sz", c.c_size_t),
+        ("ref_ctr_offset", c.c_size_t),
+        ("bpf_cookie", c.c_uint64),
+        ("retprobe", c.c_bool),
+        ("func_name", c.c_char_p),
+    ]
+
+
 class TestRunOpts(c.Structure):
     """struct bpf_test_run_opts of libbpf 1.1."""
 
@@ -286,6 +299,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "bpf_program__set_attach_target": (INT, [PTR, INT, STR]),
     "bpf_program__attach": (PTR, [PTR]),
     "bpf_program__attach_iter": (PTR, [PTR, PTR]),
+    "bpf_program__attach_uprobe_opts": (PTR, [PTR, INT, STR, SIZE, PTR]),
+    "bpf_program__set_expected_attach_type": (INT, [PTR, INT]),
     "bpf_prog_load": (INT, [INT, STR, STR, PTR, SIZE, PTR]),
     "libbpf_find_vmlinux_btf_id": (INT, [STR, INT]),
     "bpf_raw_tracepoint_open": (INT, [STR, INT]),

@@ -185,6 +185,11 @@ class Program:
         result = libbpf.library().bpf_program__set_attach_target(self._pointer, target_fd, function.encode())
         check(result, f"set_attach_target {function}", self._name)
 
+    def set_expected_attach_type(self, attach_type: int) -> None:
+        """What kind of attachment the program is for, where its section name does not say it."""
+        result = libbpf.library().bpf_program__set_expected_attach_type(self._pointer, attach_type)
+        check(result, "set_expected_attach_type", self._name)
+
     # --- attach --------------------------------------------------------------------------------------------
 
     def attach(self) -> Link:
@@ -213,6 +218,21 @@ class Program:
             )
         finally:
             os.close(cgroup)
+
+    def attach_uprobe(
+        self, path: Path, offset: int, cookie: int = 0, pid: int = -1, returning: bool = False
+    ) -> Link:
+        """Attach at a file's ``offset`` (bytes), in one process that maps it or (-1) in all of them.
+
+        The program sees ``cookie`` by bpf_get_attach_cookie(). For many places see bpf/uprobe.py.
+        """
+        opts = libbpf.UprobeOpts(sz=c.sizeof(libbpf.UprobeOpts), bpf_cookie=cookie, retprobe=returning)
+        with libbpf.captured() as lines:
+            pointer = libbpf.library().bpf_program__attach_uprobe_opts(
+                self._pointer, pid, os.fsencode(path), offset, c.byref(opts)
+            )
+        detail = lines[-1].strip() if lines and not pointer else f"{path}+{offset:#x}"
+        return Link(pointer=check_pointer(pointer, "attaching the uprobe", detail), name=self.name)
 
     def attach_map(self, target: Map, attach_type: int) -> None:
         """Attach to a SOCKMAP or SOCKHASH (no link: it stays until detach_map or the map's end)."""

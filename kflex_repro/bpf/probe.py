@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from kflex_repro.bpf import fs, libbpf
+from kflex_repro.bpf import fs, libbpf, uprobe
 from kflex_repro.bpf.libbpf import AttachType, MapType, ProgType, check
 from kflex_repro.bpf.links import Program
 from kflex_repro.bpf.maps import Map
@@ -151,6 +151,24 @@ def kprobe() -> str:
         finally:
             os.close(event)
     return "loads, attaches"
+
+
+def _own_entry() -> uprobe.Place:
+    """Our interpreter's first instruction: it never runs again."""
+    from elftools.elf.elffile import ELFFile
+
+    with Path("/proc/self/exe").open("rb") as stream:
+        elf = ELFFile(stream)
+        return uprobe.Place(int(next(elf.address_offsets(elf["e_entry"]))), 0)
+
+
+def uprobe_multi() -> str:
+    """Uprobes at many places by one link (Linux 6.6)."""
+    with (
+        _load(ProgType.KPROBE, 0, AttachType.TRACE_UPROBE_MULTI) as program,
+        uprobe.attach_multi(program, Path("/proc/self/exe"), [_own_entry()], os.getpid()),
+    ):
+        return "loads, attaches"
 
 
 def _in_new_netns(work: Callable[[], None]) -> None:

@@ -12,7 +12,7 @@ from kflex_repro.errors import KflexError
 pytestmark = pytest.mark.bpf
 
 REQUIRED = (probe.mmapable, probe.sockops, probe.sk_msg, probe.tp_btf, probe.iter_tcp)
-OPTIONAL = (probe.sk_skb, probe.tcx, probe.fentry, probe.kprobe, probe.arena)
+OPTIONAL = (probe.sk_skb, probe.tcx, probe.fentry, probe.kprobe, probe.arena, probe.uprobe_multi)
 
 
 def probes_left() -> list[str]:
