@@ -390,7 +390,7 @@ def _rows() -> tuple[_Row, ...]:
             True,
         ),
         _Row("ip", "ip (iproute2)", "clients over veth (--netns)", _program("ip", "iproute2", True)),
-        _Row("perf", "perf", "kflex-repro profile", _program("perf", "linux-perf", True)),
+        _Row("perf", "perf", "kflex-repro profile", _tool(toolchain.find_perf, toolchain.perf)),
         _Row("python", "Python", "this toolkit", _python, required=True),
     )
 

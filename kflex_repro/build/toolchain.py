@@ -19,6 +19,7 @@ from kflex_repro.errors import KflexError, Unavailable
 
 CLANG_MINIMUM = (12,)
 BPFTOOL_MINIMUM = (5, 13)
+PERF_MINIMUM = (5, 10)
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,21 @@ def find_bpftool() -> Tool | None:
     more = _numbered("/usr/lib/linux-tools/*/bpftool") + _numbered("/usr/lib/linux-tools-*/bpftool")
     paths = _candidates("bpftool", "KFLEX_BPFTOOL", more)
     return next((tool for path in paths if (tool := _probe("bpftool", path))), None)
+
+
+@functools.cache
+def find_perf() -> Tool | None:
+    """perf, by KFLEX_PERF or PATH; None where there is none."""
+    # As with bpftool, Ubuntu's is a wrapper for the running kernel's own.
+    more = _numbered("/usr/lib/linux-tools/*/perf") + _numbered("/usr/lib/linux-tools-*/perf")
+    paths = _candidates("perf", "KFLEX_PERF", more)
+    return next((tool for path in paths if (tool := _probe("perf", path))), None)
+
+
+def perf() -> Tool:
+    """perf, new enough to be switched on and off by a pipe (5.10); Unavailable otherwise."""
+    fix = "apt install linux-perf (Ubuntu: linux-tools-generic; Fedora: perf)"
+    return _demand(find_perf(), "perf", PERF_MINIMUM, fix, "KFLEX_PERF")
 
 
 def clang() -> Tool:

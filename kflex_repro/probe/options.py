@@ -50,8 +50,14 @@ def parent(path: Path | None) -> None:
         raise KflexError("no such directory", str(path.absolute().parent), "make it, or choose another place")
 
 
-def run_for(duration: float, processes: Sequence[Process], console: Console) -> tuple[float, str]:
-    """Wait: (seconds waited, why it ended: ``time``, ``interrupted`` or ``process``).
+def run_for(
+    duration: float,
+    processes: Sequence[Process],
+    console: Console,
+    what: str = "counting",
+    running: Callable[[], bool] = lambda: True,
+) -> tuple[float, str]:
+    """Wait: (seconds waited, why it ended: time, interrupted, process, or probe when not ``running``).
 
     Ctrl-C ends the measurement, not the program. KflexError if a process is gone before it begins.
     """
@@ -59,10 +65,13 @@ def run_for(duration: float, processes: Sequence[Process], console: Console) -> 
     with process.Watch(list(processes)) as watch, console.status("") as status:
         try:
             while (left := began + duration - time.monotonic()) > 0:
-                status.update(f"counting, {left:.0f} s left; Ctrl-C ends it")
+                status.update(f"{what}, {left:.0f} s left; Ctrl-C ends it")
                 gone = watch.wait(min(left, _TICK_S))
                 if gone is not None:
                     ended = "process"
+                    break
+                if not running():
+                    ended = "probe"
                     break
         except KeyboardInterrupt:
             ended = "interrupted"

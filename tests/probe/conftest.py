@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bpf.conftest import compile_bpf  # noqa: F401 (a fixture)
 from tests.conftest import require
 
 

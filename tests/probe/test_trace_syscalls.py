@@ -17,6 +17,7 @@ import pytest
 from kflex_repro.bpf import libbpf
 from kflex_repro.errors import KflexError
 from kflex_repro.probe import process, syscalls
+from tests.conftest import unavailable
 from tests.probe.conftest import Child
 
 pytestmark = pytest.mark.bpf
@@ -211,7 +212,7 @@ BEGIN {{ printf("attached\\n"); }}
 def test_bpftrace_counts_the_same(python: Callable[[str], Child]) -> None:
     """docs/probes.md calls this one-liner an equal of `trace syscalls`."""
     if shutil.which("bpftrace") is None:
-        pytest.skip("bpftrace is not installed: nothing to compare with")
+        unavailable("bpftrace is not installed: nothing to compare with")
     watched = python(CALLS)
     command = ["bpftrace", "-f", "json", "-e", BPFTRACE.format(pid=watched.pid)]
     with (
