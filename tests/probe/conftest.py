@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.bpf.conftest import compile_bpf  # noqa: F401 (a fixture)
-from tests.conftest import require
+from tests.conftest import require, unavailable
 
 
 @pytest.fixture(autouse=True)
@@ -116,3 +119,53 @@ def c_program(tmp_path: Path) -> Callable[..., Path]:
         return made
 
     return make
+
+
+class Bpftrace:
+    """A bpftrace program that has attached; `counts()` ends it and returns its map ``@``."""
+
+    def __init__(self, program: str) -> None:
+        # BEGIN runs before the probes are there. They are attached in order, from one end or the other.
+        ends = [f'interval:ms:20 {{ printf("{name}\\n"); }}' for name in ("first", "last")]
+        command = ["bpftrace", "-f", "json", "-e", f"{ends[0]} {program} {ends[1]}"]
+        # It looks for tracefs in one place: mounted there, in a mount namespace that goes away with it.
+        mount = 'mount -t tracefs tracefs /sys/kernel/tracing && exec "$@"'
+        self._process = subprocess.Popen(
+            ["unshare", "-m", "--propagation", "private", "sh", "-c", mount, "sh", *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        waiting = {"first", "last"}
+        while waiting:
+            line = self._process.stdout.readline()
+            assert line, self._process.communicate()
+            waiting = {name for name in waiting if f'"{name}' not in line}
+
+    def counts(self) -> dict[str, int]:
+        self._process.send_signal(signal.SIGINT)
+        out, err = self._process.communicate(timeout=60)
+        found = [json.loads(line) for line in out.splitlines() if '"type": "map"' in line]
+        assert found, err
+        return found[0]["data"]["@"]
+
+    def end(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+
+@pytest.fixture
+def bpftrace() -> Iterator[Callable[[str], Bpftrace]]:
+    """bpftrace(program): attached; ended with the test."""
+    if shutil.which("bpftrace") is None:
+        unavailable("bpftrace is not installed: nothing to compare with")
+    made: list[Bpftrace] = []
+
+    def make(program: str) -> Bpftrace:
+        made.append(Bpftrace(program))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.end()

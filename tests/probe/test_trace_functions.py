@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from kflex_repro.errors import KflexError
 from kflex_repro.probe import elf, functions, process
 from kflex_repro.redis.server import ManagedServer
 from tests.conftest import unavailable
-from tests.probe.conftest import Child
+from tests.probe.conftest import Bpftrace, Child
 
 pytestmark = pytest.mark.bpf
 
@@ -107,6 +109,72 @@ def test_times_nest(multi: bool, child: Callable[..., Child], c_program: Callabl
     assert found["leaf"].returned == 9000
     # The kernel follows 64 nested returns.
     assert found["down"].calls == 303 and 3 <= found["down"].returned <= 303
+
+
+def test_bpftrace_counts_the_same(
+    child: Callable[..., Child], c_program: Callable[..., Path], bpftrace: Callable[..., Bpftrace]
+) -> None:
+    """docs/probes.md calls this one-liner an equal of `trace functions`."""
+    program = c_program(WORK)
+    watched = child(str(program))
+    where = ", ".join(f"uprobe:{program}:{name}" for name in NAMES)
+    with traced(watched.pid, NAMES) as trace:
+        other = bpftrace(f"{where} /pid == {watched.pid}/ {{ @[func] = count(); }}")
+        watched.go()
+        ours = {one.function.name: one.calls for one in trace.read()}
+        assert other.counts() == ours == COUNTS
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_trace_leaves_the_process_as_it_was(
+    signum: int, child: Callable[..., Child], c_program: Callable[..., Path]
+) -> None:
+    watched = child(str(c_program(WORK)))
+    code = executable(watched.pid)
+    arguments = [
+        "functions",
+        "--pid",
+        str(watched.pid),
+        "--match",
+        "leaf",
+        "--match",
+        "d*n",
+        "--duration",
+        "60",
+    ]
+    with subprocess.Popen(
+        [sys.executable, "-m", "kflex_repro", "trace", *arguments, "--json"],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=TOP,
+    ) as tool:
+        try:
+            deadline = time.monotonic() + 60
+            while executable(watched.pid) == code:
+                assert tool.poll() is None and time.monotonic() < deadline
+            watched.go()
+            tool.send_signal(signum)
+            out, _ = tool.communicate(timeout=60)
+        finally:
+            tool.kill()
+    if signum == signal.SIGINT:
+        found = {one["name"]: one["calls"] for one in json.loads(out)["functions"]}
+        assert found == {"leaf": 3000, "down": 101}
+    # The breakpoints are out of its code again.
+    deadline = time.monotonic() + 30
+    while executable(watched.pid) != code:
+        assert time.monotonic() < deadline
+    watched.go()
+
+
+def executable(pid: int) -> bytes:
+    """The program's code as it is in the process's memory now."""
+    lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+    first = next(line.split() for line in lines if "r-xp" in line and line.endswith("/child"))
+    start, end = (int(part, 16) for part in first[0].split("-"))
+    with Path(f"/proc/{pid}/mem").open("rb") as memory:
+        memory.seek(start)
+        return memory.read(end - start)
 
 
 def test_a_redis_executes_each_command_once() -> None:

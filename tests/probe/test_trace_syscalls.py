@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +16,7 @@ import pytest
 from kflex_repro.bpf import libbpf
 from kflex_repro.errors import KflexError
 from kflex_repro.probe import process, syscalls
-from tests.conftest import unavailable
-from tests.probe.conftest import Child
+from tests.probe.conftest import Bpftrace, Child
 
 pytestmark = pytest.mark.bpf
 
@@ -203,49 +201,18 @@ def test_names_are_the_headers() -> None:
     assert libc.syscall(number) == os.getpid()
 
 
-BPFTRACE = """
-tracepoint:raw_syscalls:sys_enter /pid == {pid}/ {{ @[args->id] = count(); }}
-BEGIN {{ printf("attached\\n"); }}
-"""
-
-
-def test_bpftrace_counts_the_same(python: Callable[[str], Child]) -> None:
+def test_bpftrace_counts_the_same(python: Callable[[str], Child], bpftrace: Callable[..., Bpftrace]) -> None:
     """docs/probes.md calls this one-liner an equal of `trace syscalls`."""
-    if shutil.which("bpftrace") is None:
-        unavailable("bpftrace is not installed: nothing to compare with")
     watched = python(CALLS)
-    command = ["bpftrace", "-f", "json", "-e", BPFTRACE.format(pid=watched.pid)]
-    with (
-        syscalls.SyscallTrace([process.by_pid(watched.pid)]) as trace,
-        with_tracefs(command) as other,
-    ):
-        try:
-            assert other.stdout is not None
-            while '"attached' not in (line := other.stdout.readline()):
-                assert line, "bpftrace ended"
-            before = by_name(trace.read())
-            watched.go()
-            ours = by_name(trace.read())
-            other.send_signal(signal.SIGINT)
-            out, _ = other.communicate(timeout=60)
-        finally:
-            other.kill()
-    theirs = next(json.loads(line)["data"]["@"] for line in out.splitlines() if '"type": "map"' in line)
-    called = {syscalls.name_of(int(number)): calls for number, calls in theirs.items()}
+    program = f"tracepoint:raw_syscalls:sys_enter /pid == {watched.pid}/ {{ @[args->id] = count(); }}"
+    with syscalls.SyscallTrace([process.by_pid(watched.pid)]) as trace:
+        other = bpftrace(program)
+        before = by_name(trace.read())
+        watched.go()
+        ours = by_name(trace.read())
+        called = {syscalls.name_of(int(number)): calls for number, calls in other.counts().items()}
     # The read in which it waits for us may begin before or after either of them looks.
     counted = {name: one.calls - (before[name].calls if name in before else 0) for name, one in ours.items()}
     for found in (counted, called):
         found.pop("read", None)
-    assert counted == called
-    assert counted["getppid"] == 12345
-
-
-def with_tracefs(command: list[str]) -> subprocess.Popen[str]:
-    """The command with tracefs where it looks for it, in a mount namespace that goes away with it."""
-    mount = 'mount -t tracefs tracefs /sys/kernel/tracing && exec "$@"'
-    return subprocess.Popen(
-        ["unshare", "-m", "--propagation", "private", "sh", "-c", mount, "sh", *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
+    assert counted == called and counted["getppid"] == 12345
