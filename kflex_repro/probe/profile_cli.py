@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from kflex_repro.probe.options import chosen, parent, run_for, target_options
 
 if TYPE_CHECKING:
     from kflex_repro.probe.process import Process
-    from kflex_repro.probe.stacks import Profile
+    from kflex_repro.probe.stacks import Profile, Stack
 
 _SHOWN = 15
 
@@ -135,12 +136,26 @@ def _on_cpu(
         size = data.stat().st_size
         with _errors().status(f"reading {size >> 20} MiB of samples"):
             stacks = perf.read(data)
+    _hidden_kernel(stacks)
     if not stacks:
         raise KflexError(
             "not one sample", who, "it was idle: give it work, or see where it waits with --off-cpu"
         )
     facts = {"event": event, "freq": freq, "unwind": unwind, **_facts(processes, seconds, ended)}
     return Profile(f"{who}: on CPU", "samples", stacks, facts)
+
+
+def _hidden_kernel(found: Mapping[Stack, int]) -> None:
+    """Say it where the kernel's frames have no names."""
+    from kflex_repro.probe.stacks import KERNEL
+
+    hidden = sum(
+        weight for stack, weight in found.items() if stack[-1].startswith("[kernel") and KERNEL in stack[-1]
+    )
+    if hidden * 10 > sum(found.values()):
+        _errors().print(
+            "kernel frames have no names: the kernel hides its addresses (sysctl kernel.kptr_restrict=1)"
+        )
 
 
 def _off_cpu(processes: list[Process], duration: float, who: str) -> Profile:
