@@ -111,9 +111,10 @@ def obtain(kind: str, key: str, build: Callable[[Path], None], force: bool = Fal
         if not force and intact(place):
             return place, False
         place.parent.mkdir(parents=True, exist_ok=True)
-        # We hold the lock: what still lies here is of a builder that was killed.
+        # We hold the lock: what still lies here is of a builder that was killed. Its compilers may still be
+        # writing; what they add is for the next to throw away.
         for left in place.parent.glob(f".{key}-*"):
-            _discard(left)
+            shutil.rmtree(left, ignore_errors=True)
         fresh = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=place.parent))
         try:
             build(fresh)

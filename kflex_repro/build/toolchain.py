@@ -8,8 +8,10 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,8 @@ from kflex_repro.errors import KflexError, Unavailable
 CLANG_MINIMUM = (12,)
 BPFTOOL_MINIMUM = (5, 13)
 PERF_MINIMUM = (5, 10)
+# What a make or ninja is given to end its compilers in.
+_GRACE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class Tool:
         return ".".join(map(str, self.version))
 
 
-def _probe(name: str, path: str) -> Tool | None:
+def probe(name: str, path: str) -> Tool | None:
+    """Run ``path --version``; None unless it works and says a version."""
     try:
         out = subprocess.run(
             [path, "--version"],
@@ -76,14 +81,25 @@ def _numbered(pattern: str) -> list[str]:
 def find_clang() -> Tool | None:
     """clang, by KFLEX_CLANG, PATH, or a versioned name; None where there is none."""
     paths = _candidates("clang", "KFLEX_CLANG", _numbered("/usr/bin/clang-[0-9]*"))
-    return next((tool for path in paths if (tool := _probe("clang", path))), None)
+    return next((tool for path in paths if (tool := probe("clang", path))), None)
+
+
+def newest_clang(minimum: tuple[int, ...]) -> Tool | None:
+    """The newest clang of the system, whatever its name, if it is at least ``minimum``."""
+    found = [
+        tool
+        for path in [*_candidates("clang", ""), *_numbered("/usr/bin/clang-[0-9]*")]
+        if (tool := probe("clang", path))
+    ]
+    newest = max(found, key=lambda tool: tool.version, default=None)
+    return newest if newest and newest.version >= minimum else None
 
 
 @functools.cache
 def find_cc() -> Tool | None:
     """The C compiler for user space: CC, gcc or cc."""
     paths = _candidates("gcc", "CC", _candidates("cc", "CC"))
-    return next((tool for path in paths if (tool := _probe("cc", path))), None)
+    return next((tool for path in paths if (tool := probe("cc", path))), None)
 
 
 @functools.cache
@@ -93,7 +109,7 @@ def find_bpftool() -> Tool | None:
     # of it does not depend on the kernel.
     more = _numbered("/usr/lib/linux-tools/*/bpftool") + _numbered("/usr/lib/linux-tools-*/bpftool")
     paths = _candidates("bpftool", "KFLEX_BPFTOOL", more)
-    return next((tool for path in paths if (tool := _probe("bpftool", path))), None)
+    return next((tool for path in paths if (tool := probe("bpftool", path))), None)
 
 
 @functools.cache
@@ -102,7 +118,7 @@ def find_perf() -> Tool | None:
     # As with bpftool, Ubuntu's is a wrapper for the running kernel's own.
     more = _numbered("/usr/lib/linux-tools/*/perf") + _numbered("/usr/lib/linux-tools-*/perf")
     paths = _candidates("perf", "KFLEX_PERF", more)
-    return next((tool for path in paths if (tool := _probe("perf", path))), None)
+    return next((tool for path in paths if (tool := probe("perf", path))), None)
 
 
 def perf() -> Tool:
@@ -169,6 +185,29 @@ def output(command: Sequence[str], env: Mapping[str, str] | None = None) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
+def _signal_group(group: int, signum: int) -> bool:
+    """Send a signal (0: none) to what is left of a command and its children; whether there was anything."""
+    try:
+        os.killpg(group, signum)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """End a command and its compilers: politely first, as only ninja knows its own compilers' groups."""
+    group, deadline = process.pid, time.monotonic() + _GRACE_SECONDS
+    try:
+        _signal_group(group, signal.SIGTERM)
+        while _signal_group(group, 0) and time.monotonic() < deadline:
+            # A finished leader counts as a member until it is waited for.
+            process.poll()
+            time.sleep(0.01)
+    finally:
+        _signal_group(group, signal.SIGKILL)
+        process.wait()
+
+
 class Runner:
     """Runs build commands; ``stop()`` ends those that still run (another failed, or Ctrl-C)."""
 
@@ -178,11 +217,14 @@ class Runner:
         self._stopped = False
 
     def stop(self) -> None:
-        """Kill what runs and start nothing more."""
+        """End what runs, with the compilers that a make or ninja started, and start nothing more."""
         with self._lock:
             self._stopped = True
-            for process in self._running:
-                process.kill()
+            running = list(self._running)
+        for process in running:
+            _signal_group(process.pid, signal.SIGTERM)
+        for process in running:
+            _end_group(process)
 
     def run(
         self,
@@ -212,6 +254,7 @@ class Runner:
                         stdout=files.enter_context(stdout.open("wb")) if stdout else stream,
                         stderr=stream,
                         env={**os.environ, "LC_ALL": "C"},
+                        process_group=0,
                     )
                 except OSError as error:
                     raise BuildError(step, f"cannot run {command[0]}: {error.strerror}", log) from None
@@ -222,8 +265,7 @@ class Runner:
                 with self._lock:
                     self._running.discard(process)
                 if process.poll() is None:
-                    process.kill()
-                    process.wait()
+                    _end_group(process)
         if code != 0:
             raise BuildError(step, error_lines(log) or f"exit code {code}", log)
 
