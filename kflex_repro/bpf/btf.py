@@ -158,6 +158,10 @@ class Btf:
                 found.update(entry.members)
         return found
 
+    def declares(self, name: str) -> bool:
+        """Whether there is a function or variable of this name: what a program's extern can be bound to."""
+        return (name, _FUNC) in self._by_name or (name, _VAR) in self._by_name
+
     def variables(self, section: str) -> dict[str, Variable]:
         """The variables of a data section (``.rodata``). Offsets need an object that libbpf has opened."""
         found = {}
