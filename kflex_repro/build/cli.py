@@ -60,6 +60,23 @@ def _display() -> Iterator[_Display]:
 
 
 @click.command()
+@click.option(
+    "--artifact",
+    is_flag=True,
+    help="Build the KFlex artifact from --source DIR instead: libbpf, BPF objects, program.",
+)
+@click.option(
+    "--source", type=click.Path(path_type=Path), metavar="DIR", help="The KFlex tree; it is only read."
+)
+@click.option(
+    "--recipe", "recipes", multiple=True, metavar="ID", help="Also this recipe, in the copy that is built."
+)
+@click.option("--no-recipe", "without", multiple=True, metavar="ID", help="Not this recipe.")
+@click.option("--heap-gb", metavar="N|auto", help="Heaps of N GB (a power of two), with capacities that fit.")
+@click.option("--program-only", is_flag=True, help="Without the artifact's tests and benchmarks.")
+@click.option(
+    "--dry-run", is_flag=True, help="With --artifact: print checks, recipes and steps; build nothing."
+)
 @click.option("--force", is_flag=True, help="Build again what the cache has.")
 @click.option("--only", metavar="NAME", help="Only this BPF object (or kflex.so, or vmlinux.h).")
 @click.option(
@@ -75,6 +92,13 @@ def _display() -> Iterator[_Display]:
 @click.option("--jobs", type=click.IntRange(1, 256), help="Compilers at a time (default: one per CPU).")
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
 def build(
+    artifact: bool,
+    source: Path | None,
+    recipes: tuple[str, ...],
+    without: tuple[str, ...],
+    heap_gb: str | None,
+    program_only: bool,
+    dry_run: bool,
     force: bool,
     only: str | None,
     libbpf_from_source: bool,
@@ -84,8 +108,28 @@ def build(
 ) -> None:
     """Build the BPF objects and the Redis module into the cache; what is there and unchanged is kept.
 
+    With --artifact: the KFlex artifact, from the user's own tree, step by step (a copy with the recipes, its
+    libbpf, its BPF objects, its program). Each step is kept: a second run, or one after Ctrl-C or a failure,
+    goes on where it was. What the running kernel lacks to run it is said at the end.
+
     The cache is $KFLEX_CACHE, or kflex-repro in the user's cache directory; logs are kept in its logs/.
     """
+    if artifact:
+        if only or libbpf_from_source or libbpf_traced:
+            raise click.UsageError("--only and the --libbpf options are not for --artifact")
+        from kflex_repro.build import artifact_cli
+
+        wish = artifact_cli.Wish(
+            source, recipes, without, heap_gb, not program_only, force, jobs, dry_run, as_json
+        )
+        with _display() as display:
+            outcome = artifact_cli.make(wish, display.step)
+        artifact_cli.show(outcome, wish)
+        return
+    if source or recipes or without or heap_gb or program_only or dry_run:
+        raise click.UsageError(
+            "--source, --recipe, --no-recipe, --heap-gb, --program-only, --dry-run want --artifact"
+        )
     if libbpf_traced:
         if only or libbpf_from_source:
             raise click.UsageError("--libbpf-traced builds nothing else: no --only, no --libbpf-from-source")

@@ -1,0 +1,185 @@
+"""Which recipes go into the copy that is built, and what of the user's tree decides it.
+
+They are tried on a copy of their own, one after the other: what was planned there is what is done to the copy
+that is kept, byte for byte, and the key of the build is made of it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kflex_repro import __version__
+from kflex_repro.bpf import fs
+from kflex_repro.build import artifact_source, cache
+from kflex_repro.build.artifact import Artifact, Changes
+from kflex_repro.build.artifact_source import Source
+from kflex_repro.errors import KflexError
+from kflex_repro.heap import declarations, fit, model, verify
+from kflex_repro.heap.layout import RECIPE as HEAP_SIZE
+from kflex_repro.heap.layout import layout
+from kflex_repro.heap.verify import CompiledHeap
+from kflex_repro.patching import apply, recipe
+from kflex_repro.patching.tree import Edit, Tree
+
+# Where the artifact's program looks for cgroup v2; elsewhere a recipe must change it.
+_CGROUP = Path("/sys/fs/cgroup")
+CGROUP = "cgroup2-path"
+
+
+@dataclass(frozen=True)
+class Said:
+    """A recipe that was taken, or was not, and why."""
+
+    id: str
+    why: str
+
+
+@dataclass(frozen=True)
+class _Done:
+    """A recipe as it was applied: what applies it again to the same bytes."""
+
+    id: str
+    version: str
+    edits: tuple[Edit, ...]
+    facts: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen; ``gb`` is what the heaps were fitted to, None where they are as in the tree."""
+
+    taken: tuple[Said, ...]
+    left: tuple[Said, ...]
+    warnings: tuple[str, ...]
+    changes: Changes
+    gb: int | None
+
+    @property
+    def recipes(self) -> tuple[str, ...]:
+        """The recipes that the copy has."""
+        return tuple(said.id for said in self.taken)
+
+
+def _default(name: str) -> str:
+    """Why a recipe is taken unless the user says otherwise; "" if it is not."""
+    if name == "address-search":
+        return "the heap's address is looked for from the real end of user space"
+    if name == "out-of-heap":
+        return "a full heap is said, and not an abort"
+    root = fs.cgroup2_root()
+    if name == CGROUP and root not in (None, _CGROUP):
+        return f"cgroup v2 is at {root} here"
+    return ""
+
+
+def _not_default(name: str) -> str:
+    if name == CGROUP:
+        return f"cgroup v2 is at {_CGROUP} here, where the program looks"
+    if name == HEAP_SIZE:
+        return "--heap-gb N or auto takes it"
+    return f"--recipe {name} takes it"
+
+
+def _known(names: Sequence[str]) -> None:
+    for name in names:
+        recipe.load(name)
+
+
+def _apply(name: str, tree: Tree) -> _Done:
+    """Apply a recipe to the copy; KflexError where its anchors are not there."""
+    loaded = recipe.load(name)
+    given = {"path": str(fs.cgroup2_root())} if name == CGROUP and "path" in loaded.parameters else {}
+    made = apply.plan(loaded, tree, given)
+    apply.apply(made, tree)
+    return _Done(name, loaded.version, made.edits, {"parameters": dict(made.parameters)})
+
+
+def choose(
+    source: Source, wanted: Sequence[str] = (), without: Sequence[str] = (), heap_gb: str | None = None
+) -> Choice:
+    """Choose and plan the recipes. ``wanted`` must be possible, the usual ones are taken where they are.
+
+    KflexError for an unknown or impossible recipe, and for heaps that cannot have that size here.
+    """
+    _known([*wanted, *without])
+    both = set(wanted) & set(without)
+    if both:
+        raise KflexError(f"--recipe and --no-recipe {both.pop()} at once", "", "leave one of them out")
+    if HEAP_SIZE in wanted and heap_gb is None:
+        raise KflexError(f"recipe {HEAP_SIZE} wants a size", "", "--heap-gb N or auto")
+    gb = None if heap_gb in (None, "auto") else model.parse_gb(str(heap_gb), "--heap-gb")
+    taken: list[Said] = []
+    left: list[Said] = []
+    done: list[_Done] = []
+    with tempfile.TemporaryDirectory(prefix="kflex-recipes-") as scratch:
+        root = Path(scratch) / "tree"
+        artifact_source.copy(source.root, root)
+        tree = Tree.open(root)
+        warnings = list(Tree.open(source.root).warnings()) if tree.applied() else []
+        for name in recipe.names():
+            if name == HEAP_SIZE:
+                continue
+            why = "--recipe" if name in wanted else _default(name)
+            if tree.get(name):
+                taken.append(Said(name, "is in the tree already"))
+            elif name in without:
+                left.append(Said(name, "--no-recipe"))
+            elif not why:
+                left.append(Said(name, _not_default(name)))
+            else:
+                try:
+                    step = _apply(name, tree)
+                except KflexError as error:
+                    if name in wanted:
+                        raise
+                    left.append(Said(name, error.what))
+                else:
+                    done.append(step)
+                    taken.append(Said(name, why))
+        fitted = None
+        if heap_gb is not None:
+            fitted = _fit(tree, gb)
+            done.append(_Done(HEAP_SIZE, __version__, tuple(fitted.edits), {"gb": fitted.gb}))
+            taken.append(Said(HEAP_SIZE, f"heaps of {fitted.gb} GB, with capacities that fit"))
+            warnings += fit.warnings(tree, fitted, model.machine())
+        elif not tree.get(HEAP_SIZE):
+            left.append(Said(HEAP_SIZE, _not_default(HEAP_SIZE)))
+        else:
+            taken.append(Said(HEAP_SIZE, "is in the tree already"))
+    return Choice(tuple(taken), tuple(left), tuple(warnings), _changes(done), fitted.gb if fitted else None)
+
+
+def _fit(tree: Tree, gb: int | None) -> fit.Plan:
+    """Fit the heaps of the copy, so that what it warns of is of the tree with the other recipes in it."""
+    machine, before = model.machine(), fit.before(tree)
+    if gb is None:
+        return fit.largest(tree.root, layout(), machine, changed=before)
+    return fit.plan(tree.root, layout(), gb, machine, changed=before)
+
+
+def _changes(done: Sequence[_Done]) -> Changes:
+    key: list[str] = []
+    for one in done:
+        key += [one.id, one.version]
+        for edit in one.edits:
+            key += [edit.path, str(edit.start), str(edit.end), cache.digest([edit.new]), str(edit.create)]
+
+    def again(root: Path) -> None:
+        tree = Tree.open(root)
+        for one in done:
+            if one.edits:
+                tree.apply(one.id, one.version, one.edits, one.facts)
+            elif tree.get(one.id):
+                # The tree was fitted to another size before; this one is its own.
+                tree.revert(one.id)
+
+    return Changes(tuple(key), again)
+
+
+def verify_heaps(made: Artifact, choice: Choice) -> tuple[CompiledHeap, ...]:
+    """The heaps of the compiled objects: they must be what the copy declares, or what they were fitted to."""
+    declared = verify.expected(declarations.find(made.tree, layout().heaps))
+    return tuple(verify.verify(made.objects, declared, choice.gb))
