@@ -20,7 +20,10 @@ from kflex_repro.errors import KflexError
 
 _LAZY = {
     "bench": ("kflex_repro.bench.cli:group", "Benchmark plain Redis against the offload, pair by pair."),
-    "build": ("kflex_repro.build.cli:build", "Build the BPF objects and the Redis module."),
+    "build": (
+        "kflex_repro.build.cli:build",
+        "Build the BPF objects and the Redis module, or the KFlex artifact.",
+    ),
     "diagnose": (
         "kflex_repro.diagnose.cli:diagnose",
         "Why the KFlex artifact fails, and what to do about it.",
@@ -32,6 +35,10 @@ _LAZY = {
     "patch": ("kflex_repro.patching.cli:group", "Recipes that make a KFlex source tree run here."),
     "profile": ("kflex_repro.probe.profile_cli:command", "Where a process spends its time: flame graphs."),
     "trace": ("kflex_repro.probe.trace_cli:group", "Count system calls and function calls of a process."),
+    "run": (
+        "kflex_repro.run.cli:run",
+        "Run the KFlex artifact, where the kernel can; say what its modes serve.",
+    ),
 }
 
 

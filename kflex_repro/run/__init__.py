@@ -1,0 +1,1 @@
+"""Runs the KFlex artifact that ``build --artifact`` built, where the kernel can."""
