@@ -25,8 +25,11 @@ help:
 	@echo "sudo make setup   system packages, .venv, BPF objects, the Redis module"
 	@echo "make lint         ruff, mypy, clang-format"
 
+# The tests build a small tree in the artifact's shape.
+test soak: SETUP := --tests
+
 setup:
-	@scripts/setup
+	@scripts/setup $(SETUP)
 	@$(BIN)/kflex-repro build
 
 bench: setup

@@ -6,15 +6,17 @@ that is kept, byte for byte, and the key of the build is made of it.
 
 from __future__ import annotations
 
+import base64
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from kflex_repro import __version__
 from kflex_repro.bpf import fs
 from kflex_repro.build import artifact_source, cache
-from kflex_repro.build.artifact import Artifact, Changes
+from kflex_repro.build.artifact import OBJECTS, Artifact, Changes
 from kflex_repro.build.artifact_source import Source
 from kflex_repro.errors import KflexError
 from kflex_repro.heap import declarations, fit, model, verify
@@ -27,6 +29,7 @@ from kflex_repro.patching.tree import Edit, Tree
 # Where the artifact's program looks for cgroup v2; elsewhere a recipe must change it.
 _CGROUP = Path("/sys/fs/cgroup")
 CGROUP = "cgroup2-path"
+_PLAN = "plan.json"
 
 
 @dataclass(frozen=True)
@@ -88,13 +91,73 @@ def _known(names: Sequence[str]) -> None:
         recipe.load(name)
 
 
-def _apply(name: str, tree: Tree) -> _Done:
-    """Apply a recipe to the copy; KflexError where its anchors are not there."""
-    loaded = recipe.load(name)
-    given = {"path": str(fs.cgroup2_root())} if name == CGROUP and "path" in loaded.parameters else {}
-    made = apply.plan(loaded, tree, given)
-    apply.apply(made, tree)
-    return _Done(name, loaded.version, made.edits, {"parameters": dict(made.parameters)})
+@dataclass(frozen=True)
+class _Planned:
+    """What became of the recipes that were tried, in order."""
+
+    done: tuple[_Done, ...]
+    left: tuple[Said, ...]
+
+
+def _plan(tree: Tree, names: Sequence[str], wanted: Sequence[str]) -> _Planned:
+    """Apply recipes one after the other; those that are not ``wanted`` may be impossible."""
+    done: list[_Done] = []
+    left: list[Said] = []
+    for name in names:
+        loaded = recipe.load(name)
+        try:
+            made = apply.plan(loaded, tree)
+        except KflexError as error:
+            if name in wanted:
+                raise
+            left.append(Said(name, str(error)))
+            continue
+        apply.apply(made, tree)
+        done.append(_Done(name, loaded.version, made.edits, {"parameters": dict(made.parameters)}))
+    return _Planned(tuple(done), tuple(left))
+
+
+def _kept_plan(source: Source, tree: Tree, names: Sequence[str], wanted: Sequence[str]) -> _Planned:
+    """The same, from the cache where this tree was planned before: reading it takes libclang seconds."""
+    recipes = [
+        part
+        for path in sorted(recipe.directory().rglob("*"))
+        if path.is_file()
+        for part in (path.name, cache.file_digest(path))
+    ]
+    state = [f"{one.name} {one.version}" for one in tree.applied()]
+    key = cache.digest([__version__, *names, *state, *recipes, *artifact_source.content(source.root)])
+    planned: _Planned | None = None
+
+    def plan(out: Path) -> None:
+        nonlocal planned
+        planned = _plan(tree, names, wanted)
+        (out / _PLAN).write_text(_as_text(planned))
+
+    place, _ = cache.obtain("artifact-recipes", key, plan)
+    if planned is None:
+        planned = _from_text((place / _PLAN).read_text())
+        _again(planned.done, tree)
+        if failed := next((said for said in planned.left if said.id in wanted), None):
+            raise KflexError(failed.why, str(source.root), f"leave out --recipe {failed.id}")
+    return planned
+
+
+def _as_text(planned: _Planned) -> str:
+    table = asdict(planned)
+    for one in table["done"]:
+        for edit in one["edits"]:
+            edit["new"] = base64.b64encode(edit["new"]).decode()
+    return json.dumps(table)
+
+
+def _from_text(text: str) -> _Planned:
+    table = json.loads(text)
+    for one in table["done"]:
+        one["edits"] = tuple(Edit(**{**edit, "new": base64.b64decode(edit["new"])}) for edit in one["edits"])
+    return _Planned(
+        tuple(_Done(**one) for one in table["done"]), tuple(Said(**said) for said in table["left"])
+    )
 
 
 def choose(
@@ -105,50 +168,39 @@ def choose(
     KflexError for an unknown or impossible recipe, and for heaps that cannot have that size here.
     """
     _known([*wanted, *without])
-    both = set(wanted) & set(without)
-    if both:
-        raise KflexError(f"--recipe and --no-recipe {both.pop()} at once", "", "leave one of them out")
+    if both := sorted(set(wanted) & set(without)):
+        raise KflexError(f"--recipe and --no-recipe {both[0]} at once", "", "leave one of them out")
     if HEAP_SIZE in wanted and heap_gb is None:
         raise KflexError(f"recipe {HEAP_SIZE} wants a size", "", "--heap-gb N or auto")
     gb = None if heap_gb in (None, "auto") else model.parse_gb(str(heap_gb), "--heap-gb")
     taken: list[Said] = []
     left: list[Said] = []
-    done: list[_Done] = []
+    warnings: list[str] = []
+    fitted: fit.Plan | None = None
     with tempfile.TemporaryDirectory(prefix="kflex-recipes-") as scratch:
         root = Path(scratch) / "tree"
         artifact_source.copy(source.root, root)
         tree = Tree.open(root)
-        warnings = list(Tree.open(source.root).warnings()) if tree.applied() else []
+        why: dict[str, str] = {}
         for name in recipe.names():
-            if name == HEAP_SIZE:
-                continue
-            why = "--recipe" if name in wanted else _default(name)
-            if tree.get(name):
+            reason = "asked for" if name in wanted else _default(name)
+            if tree.get(name) and (name != HEAP_SIZE or heap_gb is None):
                 taken.append(Said(name, "is in the tree already"))
-            elif name in without:
-                left.append(Said(name, "--no-recipe"))
-            elif not why:
-                left.append(Said(name, _not_default(name)))
+            elif name == HEAP_SIZE and heap_gb is not None:
+                continue
+            elif name in without or not reason:
+                left.append(Said(name, "not wanted" if name in without else _not_default(name)))
             else:
-                try:
-                    step = _apply(name, tree)
-                except KflexError as error:
-                    if name in wanted:
-                        raise
-                    left.append(Said(name, error.what))
-                else:
-                    done.append(step)
-                    taken.append(Said(name, why))
-        fitted = None
+                why[name] = reason
+        planned = _kept_plan(source, tree, list(why), wanted)
+        left += planned.left
+        taken += [Said(one.id, why[one.id]) for one in planned.done]
+        done = list(planned.done)
         if heap_gb is not None:
             fitted = _fit(tree, gb)
             done.append(_Done(HEAP_SIZE, __version__, tuple(fitted.edits), {"gb": fitted.gb}))
             taken.append(Said(HEAP_SIZE, f"heaps of {fitted.gb} GB, with capacities that fit"))
             warnings += fit.warnings(tree, fitted, model.machine())
-        elif not tree.get(HEAP_SIZE):
-            left.append(Said(HEAP_SIZE, _not_default(HEAP_SIZE)))
-        else:
-            taken.append(Said(HEAP_SIZE, "is in the tree already"))
     return Choice(tuple(taken), tuple(left), tuple(warnings), _changes(done), fitted.gb if fitted else None)
 
 
@@ -160,26 +212,27 @@ def _fit(tree: Tree, gb: int | None) -> fit.Plan:
     return fit.plan(tree.root, layout(), gb, machine, changed=before)
 
 
+def _again(done: Sequence[_Done], tree: Tree) -> None:
+    for one in done:
+        if one.edits:
+            tree.apply(one.id, one.version, one.edits, one.facts)
+        elif tree.get(one.id):
+            # The tree was fitted to another size before; this one is its own.
+            tree.revert(one.id)
+
+
 def _changes(done: Sequence[_Done]) -> Changes:
     key: list[str] = []
     for one in done:
         key += [one.id, one.version]
         for edit in one.edits:
             key += [edit.path, str(edit.start), str(edit.end), cache.digest([edit.new]), str(edit.create)]
-
-    def again(root: Path) -> None:
-        tree = Tree.open(root)
-        for one in done:
-            if one.edits:
-                tree.apply(one.id, one.version, one.edits, one.facts)
-            elif tree.get(one.id):
-                # The tree was fitted to another size before; this one is its own.
-                tree.revert(one.id)
-
-    return Changes(tuple(key), again)
+    return Changes(tuple(key), lambda root: _again(done, Tree.open(root)))
 
 
 def verify_heaps(made: Artifact, choice: Choice) -> tuple[CompiledHeap, ...]:
-    """The heaps of the compiled objects: they must be what the copy declares, or what they were fitted to."""
-    declared = verify.expected(declarations.find(made.tree, layout().heaps))
+    """The heaps of the compiled objects: they must be what they were fitted to, or what the copy declares."""
+    declared = None
+    if choice.gb is None and made.step(OBJECTS).state == "built":
+        declared = verify.expected(declarations.find(made.tree, layout().heaps))
     return tuple(verify.verify(made.objects, declared, choice.gb))

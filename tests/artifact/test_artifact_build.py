@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.artifact.building import (
+    PLAIN,
     TOP,
     append,
     build,
@@ -36,15 +37,18 @@ def script(path: Path, text: str) -> Path:
 
 def test_a_tree_is_built_once_and_not_touched(tree: Path) -> None:
     before = fingerprint(tree)
-
     planned = build(tree, "--dry-run")
     assert set(states(planned).values()) == {"to do"} and planned["program"] is None
 
     first = build(tree)
     assert states(first) == ALL_BUILT and fingerprint(tree) == before
-    objects = Path(next(step["path"] for step in first["steps"] if step["name"] == "objects"))
-    assert {path.name for path in objects.glob("*.bpf.o")} == {
-        f"{name}.bpf.o" for name in ("bench_data_structures", "ffkx_memcache", "ffkx_memcached", "ffkx_redis")
+    assert {recipe["id"] for recipe in first["recipes"]["taken"]} >= {"address-search", "out-of-heap"}
+    # As the tree declares them.
+    assert {Path(heap["path"]).name: heap["gb"] for heap in first["heaps"]} == {
+        "bench_data_structures.bpf.o": 64,
+        "ffkx_memcache.bpf.o": 128,
+        "ffkx_memcached.bpf.o": 256,
+        "ffkx_redis.bpf.o": 256,
     }
     for name in ("ffkx", "ffkx-test", "ffkx-bench"):
         assert os.access(Path(first["program"]).with_name(name), os.X_OK)
@@ -55,25 +59,59 @@ def test_a_tree_is_built_once_and_not_touched(tree: Path) -> None:
 
 
 def test_only_what_a_change_touches_is_built_again(tree: Path) -> None:
-    build(tree, "--program-only")
-    append(tree / "src" / "Main.cpp", "// more\n")
-    assert states(build(tree, "--program-only")) == {**ALL_CACHED, "tree": "built", "program": "built"}
-
     def to_do() -> set[str]:
-        planned = states(build(tree, "--program-only", "--dry-run"))
+        planned = states(build(tree, *PLAIN, "--program-only", "--dry-run"))
         return {name for name, state in planned.items() if state == "to do"}
 
-    assert to_do() == set()
-    append(tree / "bpf" / "include" / "ffkx_heap.bpf.h", "/* more */\n")
+    build(tree, *PLAIN, "--program-only")
+    append(tree / "src" / "Main.cpp", "// more\n")
+    assert to_do() == {"tree", "program"}
+    header = tree / "bpf" / "include" / "ffkx_heap.bpf.h"
+    before = header.read_bytes()
+    append(header, "/* more */\n")
     assert to_do() == {"tree", "objects", "program"}
     # Objects are made with libbpf's headers, not with its sources.
+    header.write_bytes(before)
     append(tree / "libbpf" / "src" / "libbpf.c", "/* more */\n")
-    assert to_do() == {"tree", "libbpf", "objects", "program"}
-    (tree / "bpf" / "include" / "ffkx_heap.bpf.h").write_text(
-        (copy_tree(tree.parent / "fresh") / "bpf" / "include" / "ffkx_heap.bpf.h").read_text()
-    )
     assert to_do() == {"tree", "libbpf", "program"}
-    assert states(build(tree, "--program-only", "--force")) == ALL_BUILT
+
+
+def test_recipes_change_the_copy_and_what_the_tree_has_is_not_applied_again(tree: Path) -> None:
+    """Heaps fitted in the tree by hand of fit-heap, fitted again in the copy only."""
+    assert kflex("fit-heap", "--source", tree, "--gb", "2").returncode == 0
+    before = fingerprint(tree)
+    report = build(tree, *PLAIN, "--program-only")
+    assert {heap["gb"] for heap in report["heaps"]} == {2}
+    assert [said["id"] for said in report["recipes"]["taken"]] == ["heap-size"]
+
+    report = build(tree, *PLAIN, "--program-only", "--heap-gb", "1")
+    assert {heap["gb"] for heap in report["heaps"]} == {1} and fingerprint(tree) == before
+    # The user-space program knows the capacities of the heap, libbpf does not.
+    assert states(report) == {**ALL_BUILT, "libbpf": "cached"}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--recipe", "nonsense"], "there is no recipe nonsense"),
+        (["--no-recipe", "nonsense"], "there is no recipe nonsense"),
+        (["--recipe", "out-of-heap", "--no-recipe", "out-of-heap"], "leave one of them out"),
+        (["--recipe", "heap-size"], "--heap-gb N or auto"),
+        (["--heap-gb", "3"], "power of two"),
+        (["--heap-gb", "many"], "is not a number of GB"),
+        (["--heap-gb", "4096"], "the nearest size that works"),
+    ],
+)
+def test_recipes_and_sizes_that_cannot_be(tree: Path, words: list[str], expected: str) -> None:
+    line = refusal(kflex("build", "--artifact", "--source", tree, "--dry-run", *words))
+    assert expected in line
+
+
+def test_a_recipe_that_does_not_fit_the_tree(tree: Path) -> None:
+    text = tree / "src" / "Main.cpp"
+    text.write_text(text.read_text().replace("/sys/fs/cgroup", "/sys/fs/cgroup/mine"))
+    line = refusal(kflex("build", "--artifact", "--source", tree, "--dry-run", "--recipe", "cgroup2-path"))
+    assert "cgroup2-path, step" in line and "src/Main.cpp" in line
 
 
 def test_a_read_only_tree_is_built(tree: Path) -> None:
@@ -82,7 +120,7 @@ def test_a_read_only_tree_is_built(tree: Path) -> None:
     try:
         with pytest.raises(OSError):
             (tree / "probe").touch()
-        assert states(build(tree, "--program-only")) == ALL_BUILT
+        assert states(build(tree, *PLAIN, "--program-only")) == ALL_BUILT
     finally:
         subprocess.run(["umount", tree], check=True)
 
@@ -110,7 +148,7 @@ def stalling(tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
 def started(tree: Path, stalling: int) -> tuple[subprocess.Popen[str], int]:
     """A build that is compiling Main.cpp: (its process, a pidfd of the compiler)."""
     process = subprocess.Popen(
-        command("build", "--artifact", "--source", tree, "--program-only"),
+        command("build", "--artifact", "--source", tree, "--program-only", *PLAIN),
         cwd=TOP,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -138,7 +176,7 @@ def test_a_killed_build_goes_on_where_it_was(
     process.communicate()
     # Nobody could end the compiler: it is the orphan whose leftovers the next build meets.
     monkeypatch.delenv("CXX")
-    report = build(tree, "--program-only")
+    report = build(tree, *PLAIN, "--program-only")
     assert states(report) == {"tree": "cached", "libbpf": "cached", "objects": "cached", "program": "built"}
     signal.pidfd_send_signal(compiler, signal.SIGKILL)
     assert ended(compiler)
@@ -157,7 +195,7 @@ def test_interrupting_a_build_ends_the_compilers(
     assert ended(compiler)
     os.close(compiler)
     monkeypatch.delenv("CXX")
-    assert states(build(tree, "--program-only"))["objects"] == "cached"
+    assert states(build(tree, *PLAIN, "--program-only"))["objects"] == "cached"
 
 
 # --- what can be wrong ------------------------------------------------------------------------------------
@@ -174,7 +212,7 @@ def test_interrupting_a_build_ends_the_compilers(
 )
 def test_a_source_that_does_not_compile(tree: Path, file: str, breakage: str, step: str) -> None:
     append(tree / file, breakage)
-    line = refusal(kflex("build", "--artifact", "--source", tree, "--program-only"))
+    line = refusal(kflex("build", "--artifact", "--source", tree, "--program-only", *PLAIN))
     assert f"building {step} failed" in line and Path(file).name in line
     assert str(tree.parent / "cache" / "artifact-") not in line, "names a copy that is gone"
     log = Path(line.rpartition("the whole log is ")[2])
@@ -195,7 +233,7 @@ def test_missing_packages_are_named_with_one_command(tree: Path, tmp_path: Path)
     packages = line.rpartition("apt install ")[2].removeprefix("--reinstall ").split()
     assert packages == ["libelf-dev", "zlib1g-dev", "libabsl-dev", "libjemalloc-dev", "libgtest-dev"]
     # The plan says the same, and everything that is there.
-    planned = kflex("build", "--artifact", "--source", tree, "--dry-run", "--program-only", env=env)
+    planned = kflex("build", "--artifact", "--source", tree, "--dry-run", "--program-only", *PLAIN, env=env)
     assert refusal(planned).endswith("libelf-dev zlib1g-dev libabsl-dev libjemalloc-dev")
     assert "needs     jemalloc: missing" in planned.stdout and "needs     cmake: 3" in planned.stdout
 
@@ -252,7 +290,7 @@ def test_parts_of_the_tree_that_were_not_fetched(tree: Path) -> None:
     )
     (tree / "linux").mkdir()
     # The kernel is not needed for the build; it is said how to get it.
-    planned = kflex("build", "--artifact", "--source", tree, "--dry-run")
+    planned = kflex("build", "--artifact", "--source", tree, "--dry-run", *PLAIN)
     assert planned.returncode == 0, planned.stderr
     assert (
         f"not there: linux (KFlex's kernel: to run, not to build); git -C {tree} submodule" in planned.stdout

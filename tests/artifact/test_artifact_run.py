@@ -20,7 +20,7 @@ from kflex_repro.build import toolchain
 from kflex_repro.heap import model
 from kflex_repro.run import needs, program
 from kflex_repro.run.modes import MODES
-from tests.artifact.building import TOP, append, build, copy_tree, kflex, refusal, require_tools
+from tests.artifact.building import PLAIN, TOP, append, build, copy_tree, kflex, refusal, require_tools
 from tests.conftest import require
 
 
@@ -112,7 +112,7 @@ def test_a_tree_changed_since_it_was_built_is_a_warning(built: Path) -> None:
 
 
 def test_a_damaged_build_is_not_run(tree: Path) -> None:
-    made = build(tree, "--program-only")
+    made = build(tree, *PLAIN, "--program-only")
     Path(made["program"]).write_bytes(b"\x7fELF")
     line = refusal(kflex("run", "--artifact", "--mode", "kredis"))
     assert "gone or damaged" in line or "the build" in line
@@ -123,7 +123,7 @@ def test_heaps_larger_than_memory_are_missing_memory(tree: Path) -> None:
     """As the artifact declares them: 256 GB."""
     if model.machine().ram_available > 256 * model.GIB:
         pytest.skip("this machine has the memory")
-    build(tree, "--program-only")
+    build(tree, *PLAIN, "--program-only")
     found = report("--mode", "kmemcached", "--source", tree)
     heap = next(check for check in found["checks"] if check["name"] == "heap")
     assert heap["state"] == "missing" and "256" in heap["value"] and "--heap-gb auto" in heap["fix"]
@@ -218,7 +218,8 @@ from kflex_repro.bpf.libbpf import ProgType
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 with probe._load(ProgType.XDP, 2) as program:
     index = socket.if_nametoindex("lo")
-    libbpf.check(libbpf.library().bpf_xdp_attach(c.c_int(index), c.c_int(program.fd), c.c_uint32(0), None), "attach")
+    attach = libbpf.library().bpf_xdp_attach
+    libbpf.check(attach(c.c_int(index), c.c_int(program.fd), c.c_uint32(0), None), "attach")
 print("attached", flush=True)
 signal.sigwait({signal.SIGTERM})
 """

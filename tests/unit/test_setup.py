@@ -44,6 +44,13 @@ def test_dry_run_changes_nothing() -> None:
     assert sorted((TOP / ".make").glob("*")) == stamps
 
 
+def test_what_the_tests_build_with_is_installed_for_them_only() -> None:
+    assert run("scripts/setup", "--tests", "--dry-run").returncode == 0
+    recipes = {goal: run("make", "-n", goal).stdout for goal in ("test", "soak", "bench")}
+    if os.geteuid() == 0:
+        assert {goal for goal, text in recipes.items() if "scripts/setup --tests" in text} == {"test", "soak"}
+
+
 def test_bad_arguments_are_refused() -> None:
     done = run("scripts/setup", "--nonsense")
     assert done.returncode == 2 and done.stderr.startswith("usage: ")
