@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
+from dataclasses import asdict
 
 import click
 from rich.console import Console
@@ -15,13 +17,46 @@ from kflex_repro import host
 _STYLE = {"ok": "green", "degraded": "yellow", "missing": "bold red"}
 
 
+def _hello(as_json: bool) -> None:
+    from kflex_repro.probe import hello
+
+    errors = Console(stderr=True)
+    with errors.status("counting read() calls") if errors.is_terminal else contextlib.nullcontext():
+        seen = hello.hello()
+    if as_json:
+        click.echo(json.dumps(asdict(seen), indent=2))
+        return
+    click.echo(f"eBPF works: {seen.calls:,} read() calls in {seen.seconds:.1f} s, seen by a {seen.how}")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("calls", "pid", "process"):
+        table.add_column(column, justify="left" if column == "process" else "right")
+    for reads in seen.top:
+        table.add_row(f"{reads.calls:,}", str(reads.pid), Text(reads.command))
+    Console(highlight=False).print(table)
+    if seen.missed:
+        click.echo(f"{seen.missed:,} calls of further processes were not told apart")
+    click.echo("Nothing of it is left attached.")
+
+
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
-def doctor(as_json: bool) -> None:
+@click.option(
+    "--hello",
+    "say_hello",
+    is_flag=True,
+    help="Instead: load the smallest real BPF program and count read() calls for two seconds.",
+)
+def doctor(as_json: bool, say_hello: bool) -> None:
     """What this machine can do: one row for each fact the toolkit depends on.
 
     Exit code 0 only if the default job (the offload and its benchmark) can run here.
+
+    --hello is the first thing to try on a new machine: it compiles, loads and attaches a program, shows what
+    it counted, and leaves nothing.
     """
+    if say_hello:
+        _hello(as_json)
+        return
     lacking = host.missing()
     if as_json:
         click.echo(json.dumps(host.as_json(), indent=2))
