@@ -148,5 +148,5 @@ def _built_check(record: Record | None, error: KflexError | None) -> Check:
 def _checks(mode: Mode, record: Record | None, on: Interface | None) -> tuple[Check, ...]:
     if record is None:
         # Without objects there is only the kernel's own to ask.
-        return needs.of_mode(mode, (), (), on)
-    return needs.of_mode(mode, [record.object(mode.object)], record.recipes, on)
+        return needs.of_mode(mode, (), None, (), on)
+    return needs.of_mode(mode, [record.object(mode.object)], record.executable, record.recipes, on)

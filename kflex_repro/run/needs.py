@@ -20,8 +20,9 @@ from kflex_repro.run.modes import PORT, Mode
 
 State = Literal["ok", "missing", "warning"]
 
-# What Main.cpp opens, unless the recipe cgroup2-path was applied.
+# What Main.cpp opens, unless the recipe or somebody by hand changed it.
 _CGROUP = Path("/sys/fs/cgroup")
+_RECIPE = "cgroup2-path"
 KERNEL_FIX = (
     "boot a kernel built from KFlex's own tree (its submodule linux, github.com/rs3lab/KFlex-linux); "
     "no distribution's kernel has it"
@@ -85,15 +86,23 @@ def _root() -> Check:
     return Check("root", "missing", "no", "run it with sudo")
 
 
-def cgroup(recipes: Iterable[str]) -> Check:
-    """Whether the program will find the cgroup v2 root where it looks."""
+def cgroup(program: Path | None, recipes: Iterable[str] = ()) -> Check:
+    """Whether the program will find the cgroup v2 root: by its recipes, else by the path written in it."""
     root = fs.cgroup2_root()
     if root is None:
         return Check("cgroup v2", "missing", "not mounted", "mount -t cgroup2 none /sys/fs/cgroup/unified")
-    if root != _CGROUP and "cgroup2-path" not in recipes:
-        fix = "kflex-repro build --artifact --source DIR --recipe cgroup2-path"
+    asks = _RECIPE in recipes
+    if root != _CGROUP and not asks and (program is None or _says(program, f"{_CGROUP}\0".encode())):
+        fix = f"kflex-repro build --artifact --source DIR --recipe {_RECIPE}"
         return Check("cgroup v2", "missing", f"at {root}; the program opens {_CGROUP}", fix)
     return Check("cgroup v2", "ok", str(root))
+
+
+def _says(program: Path, text: bytes) -> bool:
+    try:
+        return text in program.read_bytes()
+    except OSError:
+        return True
 
 
 def port() -> Check:
@@ -176,12 +185,13 @@ def _heaps_of(path: Path) -> Iterator[Check]:
 def of_mode(
     mode: Mode,
     objects: Iterable[Path],
+    program: Path | None,
     recipes: Iterable[str],
     on: Interface | None,
 ) -> tuple[Check, ...]:
     """Everything a mode needs, in the order in which the program would trip over it."""
     objects = tuple(objects)
-    found = [_root(), *of_kernel(objects), *heaps(objects), cgroup(recipes), port()]
+    found = [_root(), *of_kernel(objects), *heaps(objects), cgroup(program, recipes), port()]
     if mode.interface and on is not None:
         found.append(_xdp_free(on))
     return tuple(found)

@@ -261,10 +261,25 @@ def test_its_xdp_program_is_taken_off() -> None:
     assert out == "left 0\n"
 
 
+def test_where_the_program_looks_for_cgroup2_is_read_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    as_it_is, changed = tmp_path / "as-it-is", tmp_path / "changed"
+    as_it_is.write_bytes(b"\x7fELF...\0/sys/fs/cgroup\0...")
+    changed.write_bytes(b"\x7fELF...\0/sys/fs/cgroup/unified\0...")
+    monkeypatch.setattr(fs, "cgroup2_root", lambda: Path("/sys/fs/cgroup/unified"))
+    assert needs.cgroup(as_it_is, ["cgroup2-path"]).state == "ok"
+    assert needs.cgroup(as_it_is).state == "missing" and needs.cgroup(changed).state == "ok"
+    monkeypatch.setattr(fs, "cgroup2_root", lambda: Path("/sys/fs/cgroup"))
+    assert needs.cgroup(as_it_is).state == "ok"
+    monkeypatch.setattr(fs, "cgroup2_root", lambda: None)
+    assert "mount -t cgroup2" in needs.cgroup(changed).fix
+
+
 def test_somebody_elses_xdp_program_is_not_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(needs, "xdp", lambda _name: 7)
     on = needs.interface(None, "lo")
-    found = {check.name: check for check in needs.of_mode(MODES["kmemcache"], (), (), on)}
+    found = {check.name: check for check in needs.of_mode(MODES["kmemcache"], (), None, (), on)}
     assert found["interface"].state == "missing" and "id 7" in found["interface"].value
     # And what was there before us is not taken off after us either.
     assert program.take_off(on) is False
