@@ -7,9 +7,10 @@ that is kept, byte for byte, and the key of the build is made of it.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -86,11 +87,6 @@ def _not_default(name: str) -> str:
     return f"--recipe {name} takes it"
 
 
-def _known(names: Sequence[str]) -> None:
-    for name in names:
-        recipe.load(name)
-
-
 @dataclass(frozen=True)
 class _Planned:
     """What became of the recipes that were tried, in order."""
@@ -110,7 +106,8 @@ def _plan(tree: Tree, names: Sequence[str], wanted: Sequence[str]) -> _Planned:
         except KflexError as error:
             if name in wanted:
                 raise
-            left.append(Said(name, str(error)))
+            where = error.where.replace(str(tree.root), "the tree")
+            left.append(Said(name, f"{error.what} ({where})" if where else error.what))
             continue
         apply.apply(made, tree)
         done.append(_Done(name, loaded.version, made.edits, {"parameters": dict(made.parameters)}))
@@ -139,7 +136,7 @@ def _kept_plan(source: Source, tree: Tree, names: Sequence[str], wanted: Sequenc
         planned = _from_text((place / _PLAN).read_text())
         _again(planned.done, tree)
         if failed := next((said for said in planned.left if said.id in wanted), None):
-            raise KflexError(failed.why, str(source.root), f"leave out --recipe {failed.id}")
+            raise KflexError(failed.why, "", f"leave out --recipe {failed.id}")
     return planned
 
 
@@ -160,6 +157,19 @@ def _from_text(text: str) -> _Planned:
     )
 
 
+@contextlib.contextmanager
+def _copy(source: Source) -> Iterator[Tree]:
+    """A copy of the tree to try things on; what fails there is told of the tree itself."""
+    with tempfile.TemporaryDirectory(prefix="kflex-recipes-") as scratch:
+        root = Path(scratch).resolve() / "tree"
+        artifact_source.copy(source.root, root)
+        try:
+            yield Tree.open(root)
+        except KflexError as error:
+            where, fix = (text.replace(str(root), str(source.root)) for text in (error.where, error.fix))
+            raise KflexError(error.what, where, fix, error.exit_code) from None
+
+
 def choose(
     source: Source, wanted: Sequence[str] = (), without: Sequence[str] = (), heap_gb: str | None = None
 ) -> Choice:
@@ -167,7 +177,8 @@ def choose(
 
     KflexError for an unknown or impossible recipe, and for heaps that cannot have that size here.
     """
-    _known([*wanted, *without])
+    for name in (*wanted, *without):
+        recipe.load(name)
     if both := sorted(set(wanted) & set(without)):
         raise KflexError(f"--recipe and --no-recipe {both[0]} at once", "", "leave one of them out")
     if HEAP_SIZE in wanted and heap_gb is None:
@@ -177,12 +188,12 @@ def choose(
     left: list[Said] = []
     warnings: list[str] = []
     fitted: fit.Plan | None = None
-    with tempfile.TemporaryDirectory(prefix="kflex-recipes-") as scratch:
-        root = Path(scratch) / "tree"
-        artifact_source.copy(source.root, root)
-        tree = Tree.open(root)
+    with _copy(source) as tree:
         why: dict[str, str] = {}
         for name in recipe.names():
+            files = recipe.load(name).files
+            if name not in wanted and files and not any(tree.exists(file) for file in files):
+                continue  # for other sources than these
             reason = "asked for" if name in wanted else _default(name)
             if tree.get(name) and (name != HEAP_SIZE or heap_gb is None):
                 taken.append(Said(name, "is in the tree already"))

@@ -317,3 +317,10 @@ def test_parts_of_the_tree_that_were_not_fetched(tree: Path) -> None:
 def test_options_that_do_not_go_together(own_cache: Path, words: list[str], expected: str) -> None:
     done = kflex("build", *words)
     assert done.returncode == 2 and expected in done.stderr
+
+
+def test_a_recipe_for_other_sources_names_the_tree_and_no_copy_of_it(tree: Path) -> None:
+    line = refusal(kflex("build", "--artifact", "--source", tree, "--dry-run", "--recipe", "libbpf-trace"))
+    assert "no file tools/lib/bpf/libbpf.c" in line and f"({tree})" in line
+    planned = build(tree, *PLAIN, "--dry-run")
+    assert "libbpf-trace" not in str(planned["recipes"]["left"]).replace("libbpf-trace-artifact", "")
