@@ -153,7 +153,7 @@ def test_a_size_from_another_macro_is_written_at_the_use_and_said(root: Path, ru
 
 
 def test_the_benchmarks_capacity_counts_all_size_classes(root: Path) -> None:
-    (root / "bench").mkdir()
+    (root / "bench").mkdir(exist_ok=True)
     (root / "bench/BenchDataStructures.cpp").write_text("int kBenchmarkSize = 1'00'000;\n")
     made = fit.plan(root, layout(), 2, MACHINE)
     (bench,) = [change for change in made.changes if change.name == "kBenchmarkSize"]
