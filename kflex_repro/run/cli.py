@@ -30,7 +30,10 @@ def _describe(console: Console, mode: Mode, words: list[str]) -> None:
         ("where", f"port {PORT}, fixed; listening threads: {mode.threads}; as root"),
         ("hooks", mode.hooks),
         ("--ifindex", IFINDEX if mode.interface else "not read in this mode"),
-        ("command", " ".join(words)),
+        (
+            "command",
+            " ".join([*(f"{name}={value}" for name, value in program.environment().items()), *words]),
+        ),
     ]
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim")
@@ -63,6 +66,7 @@ def _as_json(
             "source": record.source if record else None,
             "recipes": list(record.recipes) if record else [],
             "command": words,
+            "environment": program.environment(),
             "can_run": all(check.state != "missing" for check in checks),
             "checks": [asdict(check) for check in checks],
         },

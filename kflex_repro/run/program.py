@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes as c
+import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from kflex_repro.bpf import libbpf
 from kflex_repro.errors import KflexError
+from kflex_repro.heap import model
 from kflex_repro.run.modes import Mode
 from kflex_repro.run.needs import Interface, xdp
 
@@ -29,6 +31,16 @@ def command(program: Path, mode: Mode, on: Interface | None) -> list[str]:
     return [*words, f"--ifindex={on.index}"] if mode.interface and on else words
 
 
+def environment() -> dict[str, str]:
+    """What the program gets besides our environment: what capacities are planned for; the user's wins."""
+    ours = {}
+    for name, value in model.ENVIRONMENT.items():
+        theirs = os.environ.get(name, "")
+        # jemalloc reads a list of options, the last of a kind counts.
+        ours[name] = f"{value},{theirs}" if theirs else value
+    return ours
+
+
 def run(words: Sequence[str], on: Interface | None) -> int:
     """Run until it ends or we are interrupted: its exit code, 128 + the signal's number if one ended it.
 
@@ -36,7 +48,12 @@ def run(words: Sequence[str], on: Interface | None) -> int:
     """
     try:
         # In a group of its own: Ctrl-C comes to us alone, and the program is ended in order.
-        process = subprocess.Popen([*_LEASH, *words], stdin=subprocess.DEVNULL, process_group=0)
+        process = subprocess.Popen(
+            [*_LEASH, *words],
+            stdin=subprocess.DEVNULL,
+            process_group=0,
+            env={**os.environ, **environment()},
+        )
     except OSError as error:
         raise KflexError(f"cannot run it: {error.strerror}", _LEASH[0], "apt install util-linux") from None
     try:

@@ -206,6 +206,8 @@ def test_it_runs_where_the_kernel_can_and_ends_with_ctrl_c(built: Path, knowing:
     finally:
         process.kill()
         process.wait()
+    # Without it the capacities that were planned do not fit.
+    assert "MALLOC_CONF=retain:false" in out and "malloc_conf retain:false\n" in out
     assert "mode kmemcache ifindex 1" in out and "Ctrl-C ends it" in out
     assert err.split("\n") == ["kmemcache ends", "", "kflex-repro: interrupted", ""]
     assert process.returncode == 130
