@@ -34,11 +34,11 @@ _LAZY = {
     "offload": ("kflex_repro.offload.cli:group", "Serve GET and SET of a redis-server in the kernel."),
     "patch": ("kflex_repro.patching.cli:group", "Recipes that make a KFlex source tree run here."),
     "profile": ("kflex_repro.probe.profile_cli:command", "Where a process spends its time: flame graphs."),
-    "trace": ("kflex_repro.probe.trace_cli:group", "Count system calls and function calls of a process."),
     "run": (
         "kflex_repro.run.cli:run",
         "Run the KFlex artifact, where the kernel can; say what its modes serve.",
     ),
+    "trace": ("kflex_repro.probe.trace_cli:group", "Count system calls and function calls of a process."),
 }
 
 
@@ -66,7 +66,8 @@ class LazyGroup(click.Group):
 )
 @click.version_option(__version__, prog_name="kflex-repro")
 def cli() -> None:
-    """Redis GET and SET answered inside the kernel, coherently, beside an unmodified redis-server.
+    """Redis GET and SET answered inside the kernel, coherently, beside an unmodified redis-server; the KFlex
+    artifact made to fit, or told why it does not; and a look at what a Redis does.
 
     Start with `kflex-repro doctor`. KFLEX_DEBUG=1 shows tracebacks.
     """
