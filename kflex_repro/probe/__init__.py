@@ -1,1 +1,1 @@
-"""Looking at a live process: what it calls, how often, and where its time goes."""
+"""Looking at a live process: what it calls, what its commands take, and where its time goes."""
