@@ -140,7 +140,7 @@ static __always_inline bool key_wanted(__u64 addr, __u64 bytes, __u32 there)
 	__u64 n = prefix_len;
 	__u32 i;
 
-	if (bytes < n)
+	if (prefix_whole ? bytes != n : bytes < n)
 		return false;
 	/* A key that is split over reads is judged by what is there. */
 	if (n > there)
@@ -368,9 +368,6 @@ __noinline int emit(struct conn *c, __u32 which, __u64 now, __u64 bytes_out, __u
 	}
 	e->request_len = n;
 	m = c->rp.head_len;
-	BOUND(m, KFLEX_LAT_HEAD * 2 - 1);
-	if (m > KFLEX_LAT_HEAD)
-		m = KFLEX_LAT_HEAD;
 	BOUND(n, KFLEX_LAT_TEXT * 2 - 1);
 	BOUND(m, 127);
 	if (bpf_probe_read_kernel(&r->bytes[n], m, c->head))

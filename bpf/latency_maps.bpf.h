@@ -27,6 +27,7 @@ const volatile __u32 sample = 1;	 /* one event of so many requests */
 const volatile __u64 slower_than = 0;	 /* ns: events of faster requests are left out */
 const volatile __u32 text_mask = 0;	 /* texts' entries minus one */
 const volatile __u32 prefix_len = 0;
+const volatile bool prefix_whole = false; /* it is the whole key */
 const volatile __u8 prefix[KFLEX_LAT_PREFIX] = {};
 const volatile __u64 tick_ns = 4000000; /* of jiffies */
 
@@ -114,7 +115,7 @@ struct conn {
 	struct reply_parser rp;
 	__u64 name[4];
 	__u64 last[3];
-	__u8 head[KFLEX_LAT_HEAD * 2];
+	__u8 head[256]; /* KFLEX_LAT_HEAD of them are used, the rest is for the verifier */
 	struct pending q[KFLEX_LAT_PENDING];
 };
 
@@ -205,7 +206,7 @@ struct {
 
 struct record {
 	struct kflex_lat_event event;
-	__u8 bytes[KFLEX_LAT_TEXT * 2 + KFLEX_LAT_HEAD * 2];
+	__u8 bytes[KFLEX_LAT_TEXT * 2 + 256];
 };
 
 struct {

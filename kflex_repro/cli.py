@@ -31,6 +31,7 @@ _LAZY = {
     "doctor": ("kflex_repro.host_cli:doctor", "What this machine can do, and what is missing."),
     "fit-heap": ("kflex_repro.heap.fit_cli:fit_heap", "Fit a KFlex tree's heaps and capacities to a size."),
     "heap": ("kflex_repro.heap.cli:group", "The artifact's heap: why it can be mapped, or not."),
+    "monitor": ("kflex_repro.probe.cli:group", "Live latencies of each command of running redis-servers."),
     "offload": ("kflex_repro.offload.cli:group", "Serve GET and SET of a redis-server in the kernel."),
     "patch": ("kflex_repro.patching.cli:group", "Recipes that make a KFlex source tree run here."),
     "profile": ("kflex_repro.probe.profile_cli:command", "Where a process spends its time: flame graphs."),

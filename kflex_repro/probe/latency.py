@@ -28,7 +28,9 @@ _COARSE = 6  # CLOCK_MONOTONIC_COARSE: its resolution is the kernel's tick
 
 @dataclass(frozen=True)
 class Options:
-    """What to look at. ``slower_than`` in ns; ``key_prefix`` and ``commands`` filter everything, the others events.
+    """What to look at. ``slower_than`` in ns; ``commands`` and the key filter everything, the others events.
+
+    ``key_prefix`` is what keys must begin with, or be if ``key_whole``.
 
     ``probe``: auto, sock or syscalls.
     ``ring_bytes``: room for events until they are read, a power of two.
@@ -38,6 +40,7 @@ class Options:
     redact: bool = True
     commands: tuple[str, ...] = ()
     key_prefix: bytes = b""
+    key_whole: bool = False
     slower_than: int = 0
     sample: int = 1
     probe: str = "auto"
@@ -99,6 +102,14 @@ def bucket(value: int, sub_bits: int = 3, buckets: int = 288) -> int:
         return max(value, 0)
     shift = value.bit_length() - 1 - sub_bits
     return min(((shift + 1) << sub_bits) + (value >> shift & (1 << sub_bits) - 1), buckets - 1)
+
+
+def histogram(values: Sequence[int], buckets: int = 288) -> Histogram:
+    """Of single latencies, ns."""
+    counts = [0] * buckets
+    for value in values:
+        counts[bucket(value, buckets=buckets)] += 1
+    return Histogram(tuple(counts), sum(values), max(values, default=0))
 
 
 @dataclass(frozen=True)
@@ -169,9 +180,7 @@ def known_commands(bits: Mapping[str, int]) -> dict[str, int]:
 def possible(name: str) -> bool:
     """Whether the running kernel has the BTF tracepoint ``name``."""
     with libbpf.captured():
-        return (
-            libbpf.library().libbpf_find_vmlinux_btf_id(name.encode(), libbpf.AttachType.TRACE_RAW_TP) > 0
-        )
+        return libbpf.library().libbpf_find_vmlinux_btf_id(name.encode(), libbpf.AttachType.TRACE_RAW_TP) > 0
 
 
 def choose_probe(wanted: str) -> str:
@@ -179,7 +188,9 @@ def choose_probe(wanted: str) -> str:
     has_sock = all(map(possible, ("sock_recv_length", "sock_send_length", "sk_data_ready")))
     if wanted == "sock" and not has_sock:
         raise Unavailable(
-            "this kernel has no tracepoints on sockets' reads and writes", "--probe sock", "needs Linux 6.3: use syscalls"
+            "this kernel has no tracepoints on sockets' reads and writes",
+            "--probe sock",
+            "needs Linux 6.3: use syscalls",
         )
     return wanted if wanted != "auto" else "sock" if has_sock else "syscalls"
 
@@ -233,6 +244,7 @@ class Probe:
             slower_than=options.slower_than,
             text_mask=texts - 1,
             prefix_len=len(prefix),
+            prefix_whole=options.key_whole,
             prefix=int.from_bytes(prefix, "little"),
             tick_ns=round(time.clock_getres(_COARSE) * 1e9),
         )
@@ -270,7 +282,7 @@ class Probe:
         self._object.maps["unix_pids"].update(struct.pack("<I", index), struct.pack("<Q", pid))
 
     def _attach(self) -> None:
-        # Writes before reads: a reply without a request we know is nobody's, a request without a reply would wait.
+        # Writes before reads: a request whose reply we did not see would wait for the next one's.
         for name in sorted(self._wanted, reverse=True):
             self._links.append(self._object.programs[name].attach())
         self.started = time.monotonic()
@@ -281,7 +293,7 @@ class Probe:
         if server.unix:
             self.set_pid(index, server.pid)
 
-    # --- reading ---------------------------------------------------------------------------------------------------
+    # --- reading -------------------------------------------------------------------------------------------
 
     @property
     def ring_fd(self) -> int:
@@ -330,9 +342,7 @@ class Probe:
             found[name] = [kind.from_buffer_copy(value) for value in values]
         counts = {name: _merged(parts) for name, parts in found.items()}
         missed = sum(int(self._object.programs[name].info.recursion_misses) for name in self._wanted)
-        return Snapshot(
-            at, {name: one for name, one in counts.items() if one.calls}, self.totals(), missed
-        )
+        return Snapshot(at, {name: one for name, one in counts.items() if one.calls}, self.totals(), missed)
 
     def cost(self) -> dict[str, tuple[int, int]]:
         """Program -> (runs, ns) while libbpf.run_statistics() was on."""

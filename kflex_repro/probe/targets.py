@@ -1,4 +1,4 @@
-"""Which redis-servers to watch: by port, by pid, or all that run here. Nothing is asked of the servers themselves."""
+"""Which redis-servers to watch: by port, by pid, or all that run here. Nothing is asked of them."""
 
 from __future__ import annotations
 
