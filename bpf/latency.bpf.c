@@ -115,6 +115,11 @@ static __always_inline void conn_begin(struct conn *c, __u32 server)
 	struct kflex_lat_totals *t = get_totals();
 
 	c->server = server;
+	if (sample > 1) {
+		c->wait = 1 + bpf_get_prandom_u32() % sample;
+		if (c->wait == 1)
+			c->flags |= C_TAKE;
+	}
 	if (t)
 		c->id = __sync_fetch_and_add(&t->connections, 1) + 1;
 }
@@ -147,7 +152,60 @@ static __always_inline __u32 turn(__u32 server, __u64 at)
 		return 0;
 	seq = __sync_fetch_and_add(&t->seq, 1);
 	t->at[seq & (KFLEX_LAT_TURNS - 1)] = at;
+	t->open = 0;
 	return seq;
+}
+
+/* --- sampling ------------------------------------------------------------------------------------------------------- */
+
+/* Whoever is not looked at still ends the execution of one who is. */
+static __always_inline void turn_unseen(__u32 server)
+{
+	struct turns *t = bpf_map_lookup_elem(&turns, &server);
+
+	if (t && t->open)
+		turn(server, bpf_ktime_get_ns());
+}
+
+static __always_inline void turn_open(__u32 server)
+{
+	struct turns *t = bpf_map_lookup_elem(&turns, &server);
+
+	if (t)
+		t->open = 1;
+}
+
+/*
+ * Whether a read is left out. One that is taken must begin a request that nothing unanswered precedes: it is the first, or
+ * there was a write since the last read (so a client that does not wait for its replies may be taken too early); and what
+ * it begins is followed to its end.
+ */
+static __always_inline bool leaves_out(struct conn *c)
+{
+	__u32 flags = c->flags;
+
+	c->flags = (flags & ~C_WROTE) | C_READ;
+	if (flags & C_SYNCED && (c->first != c->next || c->over || c->rq.st != RQ_START || c->rp.left))
+		return false;
+	if (flags & C_TAKE && (flags & C_WROTE || !(flags & C_READ))) {
+		/* Anywhere from 1 to 2 * sample - 1, so that no rhythm of a client's is met. */
+		c->wait = 1 + bpf_get_prandom_u32() % (2 * sample - 1);
+		c->flags &= ~(C_TAKE | C_SYNCED);
+		if (c->wait == 1)
+			c->flags |= C_TAKE;
+		__builtin_memset(&c->rq, 0, sizeof(c->rq));
+		__builtin_memset(&c->rp, 0, sizeof(c->rp));
+		return false;
+	}
+	c->flags &= ~C_SYNCED;
+	if (c->wait > 1)
+		c->wait--;
+	if (c->wait == 1)
+		c->flags |= C_TAKE;
+	c->arrived = 0;
+	turn_unseen(c->server);
+	COUNT(skipped);
+	return true;
 }
 
 /* --- reads and writes ----------------------------------------------------------------------------------------------- */
@@ -217,6 +275,8 @@ __noinline int on_read(struct conn *c, __u64 addr, __u32 len, __u64 began, __u64
 	c->pid = who >> 32;
 	/* Threads that only read leave the execution to the main one. */
 	c->reads_whole = (__u32)who != who >> 32 ? P_SPANS : 0;
+	if (sample > 1)
+		turn_open(c->server);
 	r.f = f;
 	bpf_loop(REQUEST_STEPS(len), request_step, &r, 0);
 	if (f->bad) {
@@ -355,7 +415,7 @@ int BPF_PROG(kflex_recv, struct sock *sk, int ret, int flags)
 	if (!is_ours(sk->__sk_common.skc_family, sk->__sk_common.skc_num) || ret <= 0 || flags & MSG_PEEK)
 		return 0;
 	c = conn_of(sk, true);
-	if (!c)
+	if (!c || (sample > 1 && leaves_out(c)))
 		return 0;
 	regs = (struct pt_regs *)bpf_task_pt_regs(bpf_get_current_task_btf());
 	nr = NUMBER_OF(regs);
@@ -388,6 +448,13 @@ int BPF_PROG(kflex_send, struct sock *sk, int ret, int flags)
 	c = conn_of(sk, false);
 	if (!c)
 		return 0;
+	if (sample > 1) {
+		c->flags |= C_WROTE;
+		if (!(c->flags & C_SYNCED)) {
+			turn_unseen(c->server);
+			return 0;
+		}
+	}
 	regs = (struct pt_regs *)bpf_task_pt_regs(bpf_get_current_task_btf());
 	addr = SECOND_OF(regs);
 	if (!written(NUMBER_OF(regs), &addr, THIRD_OF(regs), &count))
@@ -406,6 +473,7 @@ int BPF_PROG(kflex_send, struct sock *sk, int ret, int flags)
 SEC("tp_btf/sk_data_ready")
 int BPF_PROG(kflex_ready, struct sock *sk)
 {
+	struct tcp_sock *tp;
 	struct conn *c;
 
 	if (!is_ours(sk->__sk_common.skc_family, sk->__sk_common.skc_num) ||
@@ -413,8 +481,11 @@ int BPF_PROG(kflex_ready, struct sock *sk)
 		return 0;
 	/* Whose a unix socket is only its owner can tell. */
 	c = conn_of(sk, sk->__sk_common.skc_family != AF_UNIX);
-	if (c && !c->arrived)
-		c->arrived = bpf_ktime_get_ns();
+	if (!c || c->arrived || (sample > 1 && !(c->flags & (C_TAKE | C_SYNCED))))
+		return 0;
+	/* TCP has just looked at the clock itself. */
+	tp = bpf_skc_to_tcp_sock(sk);
+	c->arrived = tp ? tp->tcp_clock_cache : bpf_ktime_get_ns();
 	return 0;
 }
 
@@ -549,10 +620,14 @@ int BPF_PROG(kflex_leave, struct pt_regs *regs, long ret)
 		goto out;
 	now = bpf_ktime_get_ns();
 	if (call->nr == SYS_READ || call->nr == SYS_RECVFROM) {
+		if (sample > 1 && leaves_out(c))
+			goto out;
 		c->arrival = call->arrival;
 		on_read(c, call->addr, ret, call->began, now);
 	} else {
 		turn(c->server, call->began);
+		if (sample > 1)
+			c->flags |= C_WROTE;
 		if (written(call->nr, &call->addr, call->third, &count))
 			on_write(c, call->addr, ret, count, now);
 	}

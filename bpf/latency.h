@@ -96,7 +96,7 @@ struct kflex_lat_totals {
 	__u64 no_room;	   /* reads of connections that there was no memory for */
 	__u64 next_slot;
 	__u64 next_text;
-	__u64 sampled; /* requests that the sampling left out of the events */
+	__u64 skipped; /* reads that the sampling left out */
 };
 
 #endif

@@ -11,16 +11,10 @@ static __always_inline __u32 text_new(void)
 {
 	struct kflex_lat_totals *t = get_totals();
 	struct text *x;
-	__u64 n;
 	__u32 id, i;
 
 	if (!t)
 		return 0;
-	if (sample > 1) {
-		n = __sync_fetch_and_add(&t->sampled, 1);
-		if (n % sample)
-			return 0;
-	}
 	id = (__u32)__sync_fetch_and_add(&t->next_text, 1) + 1;
 	i = id & text_mask;
 	x = bpf_map_lookup_elem(&texts, &i);

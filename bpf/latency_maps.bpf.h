@@ -23,7 +23,7 @@ const volatile __u32 netns[KFLEX_LAT_SERVERS] = {};
 const volatile bool events = false;
 const volatile bool redact = true;
 const volatile bool only_wanted = false; /* commands with KFLEX_LAT_F_WANTED */
-const volatile __u32 sample = 1;	 /* one event of so many requests */
+const volatile __u32 sample = 1;	 /* one read of so many is looked at */
 const volatile __u64 slower_than = 0;	 /* ns: events of faster requests are left out */
 const volatile __u32 text_mask = 0;	 /* texts' entries minus one */
 const volatile __u32 prefix_len = 0;
@@ -62,6 +62,10 @@ enum {
 	C_SUBSCRIBED = 2,
 	C_MUTE = 4, /* CLIENT REPLY OFF */
 	C_DEAF = 8, /* a replica, or encrypted: not looked at */
+	/* When sampling: */
+	C_TAKE = 16, /* the next read that can be is looked at */
+	C_READ = 32,
+	C_WROTE = 64, /* since the last read */
 };
 
 struct request_parser {
@@ -109,7 +113,7 @@ struct conn {
 	__u32 last_flags;
 	__u32 first; /* of the pending ones */
 	__u32 next;
-	__u32 pad;
+	__u32 wait; /* reads until the one to take */
 	__u64 over; /* requests after them that there was no room for */
 	struct request_parser rq;
 	struct reply_parser rp;
@@ -180,6 +184,7 @@ struct {
 /* When a server's last reads ended and its last writes began, in order: the next turn ends an execution. */
 struct turns {
 	__u64 seq;
+	__u64 open; /* when sampling: a read was taken, and its execution has not ended yet */
 	__u64 at[KFLEX_LAT_TURNS];
 };
 

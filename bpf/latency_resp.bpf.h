@@ -158,8 +158,11 @@ static __always_inline void name_bytes(struct conn *c, struct feed *f, __u32 byt
 		BOUND(at, 31);
 		BOUND(take, 31);
 		/* Names of more than KFLEX_LAT_NAME bytes are nobody's: what is cut off does not matter. */
-		if (at + take <= KFLEX_LAT_NAME &&
-		    bpf_probe_read_user((__u8 *)c->name + at, take, (void *)(f->addr + f->pos)))
+		if (!at && take == n && n < 8 && f->pos - f->base + 8 <= f->have)
+			c->name[0] =
+				*(__u64 *)(f->window + ((f->pos - f->base) & (WINDOW - 1))) & ((1ull << (8 * n)) - 1);
+		else if (at + take <= KFLEX_LAT_NAME &&
+			 bpf_probe_read_user((__u8 *)c->name + at, take, (void *)(f->addr + f->pos)))
 			f->bad = 1;
 	}
 	c->rq.name_len += n;

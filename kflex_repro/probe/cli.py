@@ -83,7 +83,13 @@ def _filters(command: F) -> F:
 )
 @click.option("--events", "with_events", is_flag=True, help="Each request as it is answered.")
 @_filters
-@click.option("--sample", type=Share(), default=1, metavar="1/N", help="Events: of every N-th request only.")
+@click.option(
+    "--sample",
+    type=Share(),
+    default=1,
+    metavar="1/N",
+    help="Look at about one request of N: cheaper, rates are estimates then.",
+)
 @click.option(
     "--redact/--no-redact",
     default=True,
@@ -124,12 +130,12 @@ def group(
 ) -> None:
     """What each command takes inside running redis-servers: rates, latencies, errors, bytes.
 
-    Without --port and --pid: every redis-server of this host. Nothing is asked of the servers, nothing changes
-    in them; Ctrl-C takes everything off and shows the whole.
+    Without --port and --pid: every redis-server of this host. Nothing is asked of the servers, nothing
+    changes in them; Ctrl-C takes everything off and shows the whole.
 
     Latency is from the arrival of a request's bytes in the server's socket to the end of the write of its
-    reply: queue (until the server has read it), exec (until the server's next read or write), reply (the turns
-    of others, and the write). docs/monitor.md says how exact that is.
+    reply: queue (until the server has read it), exec (until the server's next read or write), reply (the
+    turns of others, and the write). docs/monitor.md says how exact that is.
 
     \b
       kflex-repro monitor --port 6379
@@ -148,10 +154,8 @@ def group(
             "--key",
             "a key or a prefix with a * at its end, or add --events",
         )
-    if not each and (slower_than or sample > 1):
-        raise KflexError(
-            "--slower-than and --sample choose events", "monitor", "add --events or --record FILE"
-        )
+    if not each and slower_than:
+        raise KflexError("--slower-than chooses events", "monitor", "add --events or --record FILE")
     servers = targets.choose(ports, pids)
     options = latency.Options(
         events=each,

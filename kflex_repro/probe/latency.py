@@ -28,7 +28,7 @@ _COARSE = 6  # CLOCK_MONOTONIC_COARSE: its resolution is the kernel's tick
 
 @dataclass(frozen=True)
 class Options:
-    """What to look at. ``slower_than`` in ns; ``commands`` and the key filter everything, the others events.
+    """What to look at. ``slower_than`` in ns; ``sample``: one read of so many; ``commands`` and the key filter everything, the others events.
 
     ``key_prefix`` is what keys must begin with, or be if ``key_whole``.
 

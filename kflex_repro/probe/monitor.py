@@ -122,6 +122,13 @@ class Interval:
     served: Mapping[str, int] | None
     totals: Mapping[str, int]
     missed: int
+    sample: int = 1
+
+    def rate(self, name: str) -> float:
+        """Requests per second, those that the offload served among them; with sampling an estimate."""
+        counts = self.commands.get(name)
+        calls = counts.calls * self.sample if counts else 0
+        return (calls + _served_of(self, name)) / self.seconds
 
     @property
     def lost(self) -> int:
@@ -150,7 +157,7 @@ class Watch:
         self._slots = -1
 
     def records(self) -> list[bytes]:
-        """The events that came since the last call, as the kernel wrote them; the reader knows their names."""
+        """The events that came since the last call, as the kernel wrote them; the reader has their names."""
         if self.ring is None:
             return []
         found = self.ring.read()
@@ -162,13 +169,27 @@ class Watch:
     def interval(self) -> Interval:
         """What came since the last call."""
         now, served = self.probe.snapshot(), self.served.counts()
-        made = _between(self._last, now, served, self._served_last)
+        made = self._between(self._last, now, served, self._served_last)
         self._last, self._served_last = now, served
         return made
 
     def all(self) -> Interval:
         """What came since the beginning."""
-        return _between(self._first, self.probe.snapshot(), self.served.counts(), None)
+        return self._between(self._first, self.probe.snapshot(), self.served.counts(), None)
+
+    def _between(
+        self,
+        before: latency.Snapshot,
+        now: latency.Snapshot,
+        served: Mapping[str, int] | None,
+        served_before: Mapping[str, int] | None,
+    ) -> Interval:
+        if served is not None:
+            served = {name: count - (served_before or {}).get(name, 0) for name, count in served.items()}
+        totals = {name: count - before.totals[name] for name, count in now.totals.items()}
+        sample = self.probe.options.sample
+        missed = now.missed - before.missed
+        return Interval(now.at - before.at, now.since(before), served, totals, missed, sample)
 
     def follow(self) -> None:
         """Notice servers that ended or were started anew."""
@@ -198,18 +219,6 @@ class Watch:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _between(
-    before: latency.Snapshot,
-    now: latency.Snapshot,
-    served: Mapping[str, int] | None,
-    served_before: Mapping[str, int] | None,
-) -> Interval:
-    if served is not None:
-        served = {name: count - (served_before or {}).get(name, 0) for name, count in served.items()}
-    totals = {name: count - before.totals[name] for name, count in now.totals.items()}
-    return Interval(now.at - before.at, now.since(before), served, totals, now.missed - before.missed)
 
 
 def of_events(chosen: Iterable[Event]) -> Interval:
@@ -320,7 +329,7 @@ def table(interval: Interval, title: str, width: int) -> RenderableType:
         shown.add_column(heading, justify="left" if index == 0 else "right", no_wrap=True)
     for name, counts in _rows(interval):
         calls = counts.calls if counts else 0
-        cells = [name, f"{(calls + _served_of(interval, name)) / interval.seconds:,.0f}", f"{calls:,}"]
+        cells = [name, f"{interval.rate(name):,.0f}", f"{calls:,}"]
         if interval.served is not None:
             cells.append(f"{_served_of(interval, name):,}")
         if counts is None:
@@ -336,7 +345,10 @@ def table(interval: Interval, title: str, width: int) -> RenderableType:
                 events_.microseconds(counts.phases[phase].percentile(50)) if total.count else "–"
                 for phase in latency.PHASES[1:]
             ]
-            cells += [_bytes(size / interval.seconds) for size in (counts.bytes_in, counts.bytes_out)]
+            cells += [
+                _bytes(size * interval.sample / interval.seconds)
+                for size in (counts.bytes_in, counts.bytes_out)
+            ]
         shown.add_row(
             *(cell for cell, heading in zip(cells, headings, strict=True) if heading not in left_out)
         )
@@ -347,6 +359,8 @@ def table(interval: Interval, title: str, width: int) -> RenderableType:
 def unseen(interval: Interval) -> list[str]:
     """What the figures do not contain, in words."""
     totals, found = interval.totals, []
+    if interval.sample > 1:
+        found.append(f"sampled: about one request of {interval.sample}; rates are estimates")
     untimed = sum(counts.untimed for counts in interval.commands.values())
     for count, words in (
         (totals["dropped"], "events dropped: the reader was too slow, or pipelines too deep"),
@@ -368,7 +382,7 @@ def as_dict(interval: Interval, kind: str) -> dict[str, Any]:
     commands = {}
     for name, counts in _rows(interval):
         entry: dict[str, Any] = {"calls": counts.calls if counts else 0}
-        entry["per_second"] = round((entry["calls"] + _served_of(interval, name)) / interval.seconds, 1)
+        entry["per_second"] = round(interval.rate(name), 1)
         if interval.served is not None:
             entry["in_kernel"] = _served_of(interval, name)
         if counts:
@@ -386,6 +400,7 @@ def as_dict(interval: Interval, kind: str) -> dict[str, Any]:
         "type": kind,
         "at": round(time.time(), 3),
         "seconds": round(interval.seconds, 3),
+        "sample": interval.sample,
         "commands": commands,
         "events": totals["events"],
         "dropped": totals["dropped"],

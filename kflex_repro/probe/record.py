@@ -1,7 +1,7 @@
 """Recordings: the events as the kernel wrote them, in chunks, so that keeping up costs little.
 
-A file is a line of JSON that describes it, then chunks: a byte for the kind, four for the length (little-endian),
-and the content. A recording that was cut off (a full disk, kill -9) can be replayed up to there.
+A file is a line of JSON that describes it, then chunks: a byte for the kind, four for the length
+(little-endian), the content. One that was cut off (a full disk, kill -9) can be replayed up to there.
 """
 
 from __future__ import annotations
