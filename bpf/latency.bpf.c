@@ -182,6 +182,7 @@ static __always_inline void turn_open(__u32 server)
  */
 static __always_inline bool leaves_out(struct conn *c)
 {
+	__u64 blind;
 	__u32 flags = c->flags;
 
 	c->flags = (flags & ~C_WROTE) | C_READ;
@@ -195,6 +196,7 @@ static __always_inline bool leaves_out(struct conn *c)
 			c->flags |= C_TAKE;
 		__builtin_memset(&c->rq, 0, sizeof(c->rq));
 		__builtin_memset(&c->rp, 0, sizeof(c->rp));
+		c->blind = 0;
 		return false;
 	}
 	c->flags &= ~C_SYNCED;
@@ -202,7 +204,11 @@ static __always_inline bool leaves_out(struct conn *c)
 		c->wait--;
 	if (c->wait == 1)
 		c->flags |= C_TAKE;
-	c->arrived = 0;
+	blind = !(c->flags & C_TAKE);
+	if (blind != c->blind)
+		c->blind = blind;
+	if (c->arrived)
+		c->arrived = 0;
 	turn_unseen(c->server);
 	COUNT(skipped);
 	return true;
@@ -429,7 +435,9 @@ int BPF_PROG(kflex_recv, struct sock *sk, int ret, int flags)
 	/* Not told of anything new: it came about when the last read ended. A connection's first read has nothing else. */
 	c->arrival = arrived ?: tp && c->read ? c->read : now;
 	/* What is left came with this, if the buffer was too small for more; else since. */
-	c->arrived = !tp || tp->rcv_nxt == tp->copied_seq ? 0 : ret == THIRD_OF(regs) ? c->arrival : now;
+	arrived = !tp || tp->rcv_nxt == tp->copied_seq ? 0 : ret == THIRD_OF(regs) ? c->arrival : now;
+	if (c->arrived != arrived)
+		c->arrived = arrived;
 	on_read(c, SECOND_OF(regs), ret, now, now);
 	return 0;
 }
@@ -481,7 +489,7 @@ int BPF_PROG(kflex_ready, struct sock *sk)
 		return 0;
 	/* Whose a unix socket is only its owner can tell. */
 	c = conn_of(sk, sk->__sk_common.skc_family != AF_UNIX);
-	if (!c || c->arrived || (sample > 1 && !(c->flags & (C_TAKE | C_SYNCED))))
+	if (!c || c->arrived || (sample > 1 && c->blind))
 		return 0;
 	/* TCP has just looked at the clock itself. */
 	tp = bpf_skc_to_tcp_sock(sk);

@@ -204,6 +204,9 @@ static __always_inline void request_done(struct conn *c, struct feed *f)
 			COUNT(dropped);
 		return;
 	}
+	/* Usually one waits: always the same entry then, which is in the cache. */
+	if (c->first == c->next)
+		c->first = c->next = 0;
 	p = PENDING(c, c->next);
 	p->arrival = c->arrival;
 	p->read = c->read;

@@ -101,7 +101,6 @@ struct reply_parser {
 
 struct conn {
 	__u64 id;
-	__u64 arrived; /* first bytes that wait to be read; 0: none, or not watched */
 	__u64 arrival; /* of the read at hand */
 	__u64 read;
 	__u32 turn;
@@ -121,6 +120,10 @@ struct conn {
 	__u64 last[3];
 	__u8 head[256]; /* KFLEX_LAT_HEAD of them are used, the rest is for the verifier */
 	struct pending q[KFLEX_LAT_PENDING];
+	/* Written by whoever sends, on another CPU: on cache lines of its own. */
+	__u8 gap[64];
+	__u64 arrived; /* first bytes that wait to be read; 0: none, or not watched */
+	__u64 blind;   /* when sampling: nobody wants to know */
 };
 
 #define PENDING(c, i) (&(c)->q[(i) & (KFLEX_LAT_PENDING - 1)])

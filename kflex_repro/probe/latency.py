@@ -260,7 +260,7 @@ class Probe:
 
     def _texts(self) -> int:
         """Requests whose text is kept until they are answered; a power of two."""
-        return 16384
+        return 4096
 
     def _fill(self) -> None:
         known = known_commands(self._constants)
