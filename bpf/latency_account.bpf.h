@@ -102,7 +102,7 @@ __noinline int command_find(struct conn *c)
 		return 0;
 	k = bpf_map_lookup_elem(&names, &name);
 	if (!k) {
-		if (!plausible(c))
+		if (t->next_slot >= KFLEX_LAT_SLOTS / 2 || !plausible(c))
 			return 0;
 		bpf_map_update_elem(&names, &name, &fresh, BPF_NOEXIST);
 		k = bpf_map_lookup_elem(&names, &name);

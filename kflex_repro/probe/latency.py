@@ -28,12 +28,10 @@ _COARSE = 6  # CLOCK_MONOTONIC_COARSE: its resolution is the kernel's tick
 
 @dataclass(frozen=True)
 class Options:
-    """What to look at. ``slower_than`` in ns; ``sample``: one read of so many; ``commands`` and the key filter everything, the others events.
+    """What to look at. ``commands`` and the key filter everything, ``slower_than`` (ns) events.
 
-    ``key_prefix`` is what keys must begin with, or be if ``key_whole``.
-
-    ``probe``: auto, sock or syscalls.
-    ``ring_bytes``: room for events until they are read, a power of two.
+    ``key_prefix`` is what keys must begin with, or be if ``key_whole``. ``sample``: one read of so many.
+    ``probe``: auto, sock or syscalls. ``ring_bytes``: room for events until they are read, a power of two.
     """
 
     events: bool = False

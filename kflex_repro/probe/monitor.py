@@ -319,7 +319,7 @@ def table(interval: Interval, title: str, width: int) -> RenderableType:
     """For people: a row for each command, times in µs or as written, then what was not seen."""
     shown = Table(title=title, title_justify="left", box=None, padding=(0, 1), header_style="bold")
     headings = ["command", "per s", "calls", "errors", "p50", "p99", "p99.9", "max"]
-    headings += ["queue", "exec", "reply", "in/s", "out/s"]
+    headings += ["p50 queue", "exec", "reply", "in/s", "out/s"]
     if interval.served is not None:
         headings.insert(3, "in kernel")
     # What a narrow terminal has no room for.

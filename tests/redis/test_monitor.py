@@ -501,6 +501,22 @@ def test_connections_that_were_there_before(server: ManagedServer, kind: str) ->
             assert counted(watch, 1)["GET"].answered == 1
 
 
+def test_beside_the_offload_each_request_is_counted_once(sut: harness.Sut, kind: str) -> None:
+    """Served in the kernel, or passed and seen in the server."""
+    with monitor.Watch(latency.Probe([targets.by_port(sut.port)], latency.Options(probe=kind))) as watch:
+        subprocess.run(
+            ["redis-benchmark", "-p", str(sut.port), "-n", "5000", "-c", "10", "-q", "-t", "set,get"],
+            check=True,
+            capture_output=True,
+        )
+        counted(watch, 1)
+        made = watch.all()
+    found = monitor.as_dict(made, "summary")["commands"]
+    for name in ("GET", "SET"):
+        assert found[name]["calls"] + found[name]["in_kernel"] == 5000
+    assert harness.PLAIN_ONLY or found["GET"]["in_kernel"] > 0
+
+
 # --- filters, secrets, recordings --------------------------------------------------------------------------
 
 
@@ -718,6 +734,7 @@ def test_without_permission() -> None:
             "raise SystemExit(main(['monitor', '--port', '1']))",
         ],
         capture_output=True,
+        check=False,
         text=True,
         timeout=60,
         env={**os.environ, "HOME": "/nonexistent"},
