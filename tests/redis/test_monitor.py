@@ -632,17 +632,16 @@ def test_known_commands_are_those_of_the_server(server: ManagedServer) -> None:
 # --- the command line --------------------------------------------------------------------------------------
 
 
-def command(*args: str, **options: Any) -> subprocess.Popen[str]:
+def command(*args: str, stdout: Any = subprocess.PIPE) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "kflex_repro", "monitor", *args],
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
-        **options,
     )
 
 
-def test_ctrl_c_shows_the_whole_and_leaves_nothing(server: ManagedServer) -> None:
+def test_ctrl_c_shows_the_whole_and_leaves_nothing(server: ManagedServer, tmp_path: Path) -> None:
     from kflex_repro.build import toolchain
 
     def programs() -> set[int]:
@@ -652,27 +651,24 @@ def test_ctrl_c_shows_the_whole_and_leaves_nothing(server: ManagedServer) -> Non
         return {one["id"] for one in json.loads(listed.stdout) if one.get("name") == "kflex_send"}
 
     before = programs()
-    process = command("--port", str(server.port), "--events", "--json")
+    file = tmp_path / "out"
+    with file.open("w") as stream:
+        process = command("--port", str(server.port), "--events", "--json", stdout=stream)
     try:
         eventually(lambda: programs() - before)
         ours = programs() - before
-        assert process.stdout is not None
         with server.client() as client:
-            deadline = time.monotonic() + PATIENCE_S
-            os.set_blocking(process.stdout.fileno(), False)
-            line = ""
-            while not line and time.monotonic() < deadline:
-                client.get("k")
-                line = process.stdout.readline()
-            os.set_blocking(process.stdout.fileno(), True)
+            eventually(lambda: client.get("k") or "\n" in file.read_text())
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=PATIENCE_S)
+        _, err = process.communicate(timeout=PATIENCE_S)
     finally:
         process.kill()
         process.wait()
     assert process.returncode == 0, err
-    assert json.loads(line)["type"] == "reply"
-    assert json.loads(out.splitlines()[-1])["commands"]["GET"]["calls"] >= 1
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert lines[0]["type"] == "reply"
+    assert lines[-1]["type"] == "summary"
+    assert lines[-1]["commands"]["GET"]["calls"] >= 1
     assert not programs() & ours
 
 
