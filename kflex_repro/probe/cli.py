@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 import click
@@ -170,12 +173,26 @@ def group(
     with _opened(servers, options, until_pids=bool(pids) and not ports) as watch:
         show = _Show(watch, pattern, as_json, with_events, record)
         try:
-            monitor.run(watch, interval, duration, show.records, show.interval)
-        except KeyboardInterrupt:
-            pass  # how it is meant to end
+            with _until_interrupted(watch):
+                monitor.run(watch, interval, duration, show.records, show.interval)
         finally:
             show.close()
         show.summary()
+
+
+@contextlib.contextmanager
+def _until_interrupted(watch: Watch) -> Iterator[None]:
+    """Ctrl-C is how it is meant to end: after the line that is being written. A second one does not wait."""
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        watch.ended = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _opened(servers: list[targets.Server], options: latency.Options, until_pids: bool) -> Watch:

@@ -205,7 +205,8 @@ class Watch:
                 self._gone.discard(index)
                 self.probe.replace(index, following)
                 self.say(f"now {following.label}")
-        self.ended = self.until_pids and len(self._gone) == len(self.probe.servers)
+        if self.until_pids and len(self._gone) == len(self.probe.servers):
+            self.ended = True
 
     def close(self) -> None:
         """Detach everything."""
@@ -277,7 +278,8 @@ def run(
             if on_interval is not None:
                 on_interval(watch.interval())
         if not records or watch.ring is None:
-            step = POLL_S if watch.ring is not None else interval
+            # A signal handler that ends us does not end a sleep.
+            step = POLL_S if watch.ring is not None else min(interval, 5 * POLL_S)
             time.sleep(max(0.0, min(step, due - now, end - now)))
     if records := watch.records():
         on_records(records)
