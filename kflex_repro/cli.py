@@ -19,7 +19,10 @@ from kflex_repro import __version__
 from kflex_repro.errors import KflexError
 
 _LAZY = {
-    "bench": ("kflex_repro.bench.cli:group", "Benchmark plain Redis against the offload, pair by pair."),
+    "bench": (
+        "kflex_repro.bench.cli:group",
+        "Benchmarks: the offload against plain Redis; what probes cost.",
+    ),
     "build": (
         "kflex_repro.build.cli:build",
         "Build the BPF objects and the Redis module, or the KFlex artifact.",

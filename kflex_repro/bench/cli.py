@@ -24,7 +24,7 @@ from kflex_repro.errors import KflexError
 
 @click.group()
 def group() -> None:
-    """Benchmark plain Redis against the offload, pair by pair."""
+    """Benchmark plain Redis against the offload, and servers with probes against servers without."""
 
 
 def _duration(seconds: float) -> str:
@@ -85,7 +85,7 @@ def redis(
     check_host()
     errors = Console(stderr=True, highlight=False)
     errors.print(_announcement(plan), soft_wrap=True)
-    with _progress(plan, errors) as events:
+    with _progress(plan.estimate_s, errors) as events:
         run = Run(plan, _command(), events)
         try:
             result = run.execute()
@@ -106,12 +106,104 @@ def redis(
 @group.command("report")
 @click.argument("directory", type=click.Path(path_type=Path))
 def report(directory: Path) -> None:
-    """Draw report.html and the PNGs of DIRECTORY/result.json again."""
+    """Draw report.html and the PNGs of DIRECTORY/result.json again (of `bench redis` or `bench probe`)."""
+    from kflex_repro.bench import probe_report, probe_run
     from kflex_repro.bench.report import write_report
 
-    document = read_result(directory / "result.json")
-    for path in write_report(document, directory):
+    path = directory / "result.json"
+    if probe_run.is_probe_result(path):
+        written = probe_report.write_report(probe_run.read_document(path), directory)
+    else:
+        written = write_report(read_result(path), directory)
+    for path in written:
         click.echo(str(path))
+
+
+@group.command("probe")
+@click.option("--quick", is_flag=True, help="GET and SET, 3 short pairs, without bpftrace: about a minute.")
+@click.option(
+    "--op", "ops", metavar="NAME", multiple=True, help="set, update, get, delete (repeatable) [all]."
+)
+@click.option(
+    "--arm",
+    "arms",
+    metavar="NAME",
+    multiple=True,
+    help="histogram, events, sampled, old, bpftrace (repeatable) [all].",
+)
+@click.option("--pairs", type=click.IntRange(1, 1000), help="Interleaved pairs of each [5; --quick: 3].")
+@click.option("--seconds", type=click.FloatRange(0.2, 600), help="Seconds per run [1.2; --quick: 0.5].")
+@click.option("--out", type=click.Path(path_type=Path), help="Results directory [results/<UTC time>-probe].")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print result.json to stdout (everything else to stderr)."
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be run and how long it takes, and end.")
+def probe(
+    quick: bool,
+    ops: tuple[str, ...],
+    arms: tuple[str, ...],
+    pairs: int | None,
+    seconds: float | None,
+    out: Path | None,
+    as_json: bool,
+    dry_run: bool,
+) -> None:
+    """What probes cost: throughput and latency of a redis-server without a probe and with each.
+
+    Ours (histograms; every event; events of one request in 100), a monitor of the old design (tracepoints on
+    read and write, payload copied, a perf event each), and bpftrace where it is installed. Starts a server of
+    its own; nothing stays attached, also after Ctrl-C, which keeps the completed pairs.
+
+    Writes result.json, report.html and PNGs, and judges our modes by the goals of bench/probe.toml. A missed
+    goal is a finding, not a failure.
+
+    Exit codes: 0 measured, 1 a failure, 2 usage, 3 this machine cannot, 130 Ctrl-C.
+    """
+    from kflex_repro.bench import probe_report, probe_run
+
+    plan = probe_run.make_plan(probe_run.Options(quick, ops, arms, pairs, seconds, out))
+    text = (
+        f"{', '.join(op.name for op in plan.study.ops)}; {', '.join(plan.arms)}; "
+        f"{_many(plan.pairs, 'pair')}: {plan.runs} runs, about {_duration(plan.estimate_s)}; results in {plan.out}"
+    )
+    if dry_run:
+        click.echo(json.dumps(plan.to_json(), indent=1) if as_json else text)
+        return
+    probe_run.check_host()
+    errors = Console(stderr=True, highlight=False)
+    errors.print(text, soft_wrap=True)
+    with _progress(plan.estimate_s, errors) as events:
+        run = probe_run.Run(plan, _command(), events.step)
+        try:
+            document = run.execute()
+        except BaseException:
+            if any(one.rounds for one in run.results):
+                errors.print(f"what was completed: {plan.out / 'result.json'} (interrupted)", soft_wrap=True)
+            raise
+    if as_json:
+        click.echo(json.dumps(document, indent=1))
+    else:
+        _print_probes(document, Console(highlight=False))
+    errors.print(f"report: {plan.out / 'report.html'}", soft_wrap=True)
+    click.echo(probe_report.verdict(document), err=as_json)
+
+
+def _print_probes(document: Mapping[str, Any], console: Console) -> None:
+    from kflex_repro.bench import probe_report
+
+    if not console.is_terminal:
+        console.width = 160
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for index, heading in enumerate(probe_report.HEADINGS):
+        table.add_column(heading, justify="left" if index < 3 else "right", no_wrap=True)
+    for row in probe_report.rows(document):
+        table.add_row(*row)
+    console.print(table)
+    for goal in document["goals"]:
+        what, bound, measured, met = probe_report.goal_parts(goal)
+        mark = {True: "met", False: "missed", None: "not measured"}[met]
+        console.print(f"{what} {bound}: {measured}: {mark}", soft_wrap=True)
+    console.print()
 
 
 def _command() -> str:
@@ -134,8 +226,8 @@ def _announcement(plan: Plan) -> str:
 
 
 @contextmanager
-def _progress(plan: Plan, console: Console) -> Iterator[Events]:
-    clock = Clock(plan.estimate_s)
+def _progress(estimate_s: float, console: Console) -> Iterator[Events]:
+    clock = Clock(estimate_s)
     columns = (
         SpinnerColumn(),
         TextColumn("{task.description}"),

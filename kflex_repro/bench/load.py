@@ -228,6 +228,7 @@ def redis_benchmark_argv(job: Job, target: Target, requests: int) -> list[str]:
         "GET": (["GET", f"{PREFIX}__rand_int__"], job.keys),
         "SET": (["SET", f"{PREFIX}__rand_int__", value], job.keys),
         "INCR": (["INCR", f"{PREFIX}ctr:__rand_int__"], COUNTERS),
+        "DEL": (["DEL", f"{PREFIX}__rand_int__"], job.keys),
         "LPUSH": (["LPUSH", f"{PREFIX}list:__rand_int__", value], LISTS),
     }[job.op]
     where = ["-s", target.unix_path] if target.unix_path else ["-h", target.host, "-p", str(target.port)]

@@ -80,7 +80,7 @@ def _label(scenario: Scenario) -> str:
     return textwrap.fill(str(scenario.get("about") or scenario["name"]), 36)
 
 
-def _canvas(
+def canvas(
     heights: Sequence[float], theme: Theme, columns: int = 1, *, left: float = 0.34, titled: bool = False
 ) -> tuple[Figure, list[list[Axes]]]:
     """A figure with a row of axes per entry of ``heights`` (inches); ``titled``: room for axes titles."""
@@ -125,13 +125,15 @@ def _rows(axis: Axes, scenarios: Sequence[Scenario], theme: Theme, *, labels: bo
     axis.tick_params(axis="y", colors=theme.ink, labelsize=8.8, pad=6)
 
 
-def _title(figure: Figure, theme: Theme, title: str, subtitle: str) -> None:
+def headline(figure: Figure, theme: Theme, title: str, subtitle: str) -> None:
+    """Title and subtitle."""
     height = figure.get_figheight()
     figure.text(0.012, 1 - 0.14 / height, title, color=theme.ink, fontsize=13, weight="bold", va="top")
     figure.text(0.012, 1 - 0.41 / height, subtitle, color=theme.faint, fontsize=8.8, va="top")
 
 
-def _legend(figure: Figure, theme: Theme, handles: Sequence[Any]) -> None:
+def legend(figure: Figure, theme: Theme, handles: Sequence[Any]) -> None:
+    """Above the plot, below the title."""
     height = figure.get_figheight()
     figure.legend(
         handles=handles,
@@ -146,7 +148,8 @@ def _legend(figure: Figure, theme: Theme, handles: Sequence[Any]) -> None:
     )
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The figure as a file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DPI, facecolor=figure.get_facecolor())
     return buffer.getvalue()
@@ -179,7 +182,7 @@ def throughput(document: Document, theme: Theme) -> bytes | None:
     arms = _arms_of(closed)
     row = 0.21 * len(arms) + 0.12
     heights = [row * len(scenarios) for _, scenarios in panels]
-    figure, axes = _canvas(heights, theme, titled=len(panels) > 1)
+    figure, axes = canvas(heights, theme, titled=len(panels) > 1)
     for (name, scenarios), (axis, *_) in zip(panels, axes, strict=True):
         top = 0.0
         for index, scenario in enumerate(scenarios):
@@ -204,9 +207,9 @@ def throughput(document: Document, theme: Theme) -> bytes | None:
         _rows(axis, scenarios, theme)
         if len(panels) > 1:
             axis.set_title(name, loc="left", fontsize=9, color=theme.faint, pad=6)
-    _title(figure, theme, "Throughput", "requests per second, closed loop; median, and range over the runs")
-    _legend(figure, theme, _arm_handles(arms, theme))
-    return _png(figure)
+    headline(figure, theme, "Throughput", "requests per second, closed loop; median, and range over the runs")
+    legend(figure, theme, _arm_handles(arms, theme))
+    return png(figure)
 
 
 _PERCENTILES = (("p50_ms", "o", "p50"), ("p99_ms", "D", "p99"), ("p999_ms", ">", "p99.9"))
@@ -218,7 +221,7 @@ def latency(document: Document, theme: Theme) -> bytes | None:
     if not scenarios:
         return None
     arms = _arms_of(scenarios)
-    figure, [[axis]] = _canvas([(0.19 * len(arms) + 0.12) * len(scenarios)], theme)
+    figure, [[axis]] = canvas([(0.19 * len(arms) + 0.12) * len(scenarios)], theme)
     for index, scenario in enumerate(scenarios):
         for arm, side, y, _ in _placed(scenario, arms, index):
             points = [(median_of(side[name]), marker) for name, marker, _ in _PERCENTILES]
@@ -233,18 +236,21 @@ def latency(document: Document, theme: Theme) -> bytes | None:
         if index % 2:
             axis.axhspan(index - 0.5, index + 0.5, color=theme.grid, alpha=0.35, linewidth=0)
     axis.set_xscale("log")
-    _log_ticks(axis, lambda value: f"{number(value * 1000)} µs" if value < 1 else f"{number(value)} ms")
+    log_ticks(axis, lambda value: f"{number(value * 1000)} µs" if value < 1 else f"{number(value)} ms")
     _rows(axis, scenarios, theme)
-    _title(figure, theme, "Latency", "medians over the runs; logarithmic. Pipelined rows time a whole batch")
+    headline(
+        figure, theme, "Latency", "medians over the runs; logarithmic. Pipelined rows time a whole batch"
+    )
     markers: list[Any] = [
         Line2D([], [], color=theme.faint, marker=marker, linestyle="none", markersize=5, label=name)
         for _, marker, name in _PERCENTILES
     ]
-    _legend(figure, theme, [*_arm_handles(arms, theme), *markers])
-    return _png(figure)
+    legend(figure, theme, [*_arm_handles(arms, theme), *markers])
+    return png(figure)
 
 
-def _log_ticks(axis: Axes, text: Callable[[float], str]) -> None:
+def log_ticks(axis: Axes, text: Callable[[float], str]) -> None:
+    """1, 2 and 5 of each decade, as ``text`` has them."""
     axis.xaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=24))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
     axis.xaxis.set_minor_formatter(NullFormatter())
@@ -261,7 +267,7 @@ def cpu(document: Document, theme: Theme) -> bytes | None:
     if not scenarios:
         return None
     arms = _arms_of(scenarios)
-    figure, [[axis]] = _canvas([(0.21 * len(arms) + 0.12) * len(scenarios)], theme)
+    figure, [[axis]] = canvas([(0.21 * len(arms) + 0.12) * len(scenarios)], theme)
     for index, scenario in enumerate(scenarios):
         for arm, side, y, thick in _placed(scenario, arms, index):
             system, server = median_of(side["system_cpu_us_per_op"]), median_of(side["server_cpu_us_per_op"])
@@ -280,14 +286,14 @@ def cpu(document: Document, theme: Theme) -> bytes | None:
                 axis.barh(y, server, height=thick, color=theme.arms[arm])
     axis.set_xlim(0, axis.get_xlim()[1] * 1.1)
     _rows(axis, scenarios, theme)
-    _title(
+    headline(
         figure,
         theme,
         "CPU per operation",
         "µs: whole machine (pale), of it redis-server (solid, in brackets)",
     )
-    _legend(figure, theme, _arm_handles(arms, theme))
-    return _png(figure)
+    legend(figure, theme, _arm_handles(arms, theme))
+    return png(figure)
 
 
 # (entry of "ratio", metric of the targets, heading, a higher value is better)
@@ -303,7 +309,7 @@ def ratio(document: Document, theme: Theme) -> bytes | None:
     scenarios = [s for s in document["scenarios"] if s["ratio"]["rps"] and not s.get("rate")]
     if not scenarios:
         return None
-    figure, [axes] = _canvas([0.3 * len(scenarios) + 0.1], theme, columns=3, titled=True)
+    figure, [axes] = canvas([0.3 * len(scenarios) + 0.1], theme, columns=3, titled=True)
     for column, (axis, (entry, metric, heading, higher)) in enumerate(zip(axes, _RATIO_COLUMNS, strict=True)):
         for index, scenario in enumerate(scenarios):
             if index % 2:
@@ -336,11 +342,11 @@ def ratio(document: Document, theme: Theme) -> bytes | None:
         axis.set_xscale("log")
         low, high = axis.get_xlim()
         axis.set_xlim(min(low / 1.15, 0.7), max(high * 1.45, 1.5))
-        _log_ticks(axis, lambda value: f"{value:g}×")
+        log_ticks(axis, lambda value: f"{value:g}×")
         axis.tick_params(axis="x", labelsize=7.6)
         axis.set_title(heading, loc="left", fontsize=9, color=theme.faint, pad=6)
         _rows(axis, scenarios, theme, labels=column == 0)
-    _title(
+    headline(
         figure,
         theme,
         "Offload divided by plain Redis over TCP",
@@ -377,8 +383,8 @@ def ratio(document: Document, theme: Theme) -> bytes | None:
             label="missed",
         ),
     ]
-    _legend(figure, theme, handles)
-    return _png(figure)
+    legend(figure, theme, handles)
+    return png(figure)
 
 
 def recovery(document: Document, theme: Theme) -> bytes | None:
@@ -386,7 +392,7 @@ def recovery(document: Document, theme: Theme) -> bytes | None:
     found = next((s["recovery"] for s in document["scenarios"] if s.get("recovery")), None)
     if found is None or not found["series"]:
         return None
-    figure, [[axis]] = _canvas([2.2], theme, left=0.08)
+    figure, [[axis]] = canvas([2.2], theme, left=0.08)
     began, ended = found["burst"]
     axis.axvspan(began, ended, color=theme.bad, alpha=0.16, linewidth=0)
     axis.annotate(
@@ -407,13 +413,13 @@ def recovery(document: Document, theme: Theme) -> bytes | None:
     axis.set_yticklabels(["0 %", "25 %", "50 %", "75 %", "100 %"])
     axis.grid(axis="y", color=theme.grid, linewidth=0.8)
     axis.set_xlabel("seconds", fontsize=8.8, color=theme.faint)
-    _title(
+    headline(
         figure,
         theme,
         "Recovery",
         "share of all requests served in the kernel, in windows of 50 ms (first run)",
     )
-    return _png(figure)
+    return png(figure)
 
 
 PLOTS: Mapping[str, Callable[[Document, Theme], bytes | None]] = {

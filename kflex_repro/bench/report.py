@@ -78,21 +78,24 @@ _METHOD = (
 )
 
 
-def _text(value: object) -> str:
+def escaped(value: object) -> str:
+    """For HTML."""
     return html.escape(str(value))
 
 
-def _image(name: str, light: bytes, dark: bytes) -> str:
+def image(about: str, light: bytes, dark: bytes) -> str:
+    """A plot in both themes; ``about`` is its text for those who do not see it."""
     source = "data:image/png;base64," + base64.b64encode(dark).decode()
     fallback = "data:image/png;base64," + base64.b64encode(light).decode()
     return (
         f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{source}">'
-        f'<img src="{fallback}" alt="{_text(_PLOT_TEXT[name])}"></picture></figure>'
+        f'<img src="{fallback}" alt="{escaped(about)}"></picture></figure>'
     )
 
 
-def _table(heads: Sequence[str], body: Sequence[str], kind: str = "") -> str:
-    head = "".join(f"<th>{_text(name)}</th>" for name in heads)
+def html_table(heads: Sequence[str], body: Sequence[str], kind: str = "") -> str:
+    """A table of rows that are HTML already."""
+    head = "".join(f"<th>{escaped(name)}</th>" for name in heads)
     return (
         f'<div class="scroll"><table class="{kind}"><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
@@ -102,14 +105,14 @@ def _table(heads: Sequence[str], body: Sequence[str], kind: str = "") -> str:
 def _overview(document: Document) -> str:
     body = []
     for row in rows(document):
-        cells = "".join(f'<td class="n">{_text(cell)}</td>' for cell in row.cells)
+        cells = "".join(f'<td class="n">{escaped(cell)}</td>' for cell in row.cells)
         wrong = f'<small class="missed">✗ {row.wrong} wrong answers</small>' if row.wrong else ""
-        name = f"{_text(row.about)}<small>{_text(row.name)}</small>{wrong}"
+        name = f"{escaped(row.about)}<small>{escaped(row.name)}</small>{wrong}"
         body.append(f'<tr><td class="name">{name}</td>{cells}</tr>')
-    return _table(("scenario", *HEADINGS), body)
+    return html_table(("scenario", *HEADINGS), body)
 
 
-_MARKS = {True: ("met", "✓ met"), False: ("missed", "✗ missed"), None: ("unknown", "–")}
+MARKS = {True: ("met", "✓ met"), False: ("missed", "✗ missed"), None: ("unknown", "–")}
 
 
 def _targets(document: Document) -> str:
@@ -117,12 +120,10 @@ def _targets(document: Document) -> str:
     for scenario in document["scenarios"]:
         for target in scenario.get("targets", ()):
             name, bound, found = target_parts(target)
-            kind, mark = {True: ("met", "✓ met"), False: ("missed", "✗ missed"), None: ("unknown", "–")}[
-                target["met"]
-            ]
-            cells = f"<td>{_text(name)}</td><td>{_text(bound)}</td><td>{_text(found)}</td>"
-            body.append(f'<tr><td>{_text(scenario["name"])}</td>{cells}<td class="{kind}">{mark}</td></tr>')
-    return _table(("scenario", "what", "expected", "measured", ""), body, "left")
+            kind, mark = MARKS[target["met"]]
+            cells = f"<td>{escaped(name)}</td><td>{escaped(bound)}</td><td>{escaped(found)}</td>"
+            body.append(f'<tr><td>{escaped(scenario["name"])}</td>{cells}<td class="{kind}">{mark}</td></tr>')
+    return html_table(("scenario", "what", "expected", "measured", ""), body, "left")
 
 
 _DETAIL = (
@@ -161,12 +162,12 @@ def _details(document: Document) -> str:
                     f"{scenario['value_bytes']} B, pipeline {scenario['pipeline']}, "
                     f"{scenario['keys']:,} keys, {scenario['distribution']}, {scenario.get('pairs', 0)} pairs"
                 )
-                label = f"{_text(scenario['name'])}<small>{_text(shape)}</small>"
+                label = f"{escaped(scenario['name'])}<small>{escaped(shape)}</small>"
             body.append(
                 f'<tr><td class="name">{label}</td>'
-                f'<td class="n">{_text(plot.ARM_NAMES[arm])}</td>{cells}</tr>'
+                f'<td class="n">{escaped(plot.ARM_NAMES[arm])}</td>{cells}</tr>'
             )
-    return _table(("scenario", "", *(head for _, head, _ in _DETAIL)), body)
+    return html_table(("scenario", "", *(head for _, head, _ in _DETAIL)), body)
 
 
 def _plain(value: Any) -> str:
@@ -182,7 +183,8 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def _host(document: Document) -> str:
+def host_table(document: Document) -> str:
+    """The machine and the server."""
     host = dict(document["host"])
     facts = host.pop("facts", {})
     if "ram_bytes" in host:
@@ -197,37 +199,49 @@ def _host(document: Document) -> str:
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
-    body = [f"<tr><td>{_text(key)}</td><td>{_text(_plain(value))}</td></tr>" for key, value in facts.items()]
-    return _table(("fact", "value"), body, "left")
+    body = [
+        f"<tr><td>{escaped(key)}</td><td>{escaped(_plain(value))}</td></tr>" for key, value in facts.items()
+    ]
+    return html_table(("fact", "value"), body, "left")
 
 
 def _published(path: Path | None = None) -> str:
     entries = read_toml(path or data_dir() / "reference.toml").get("figure", [])
     body = []
     for entry in entries:
-        source = _text(entry["source"])
+        source = escaped(entry["source"])
         if entry.get("url"):
-            source = f'<a href="{_text(entry["url"])}">{source}</a>'
+            source = f'<a href="{escaped(entry["url"])}">{source}</a>'
         cells = (
-            _text(entry["system"]),
-            _text(entry["what"]),
-            _text(entry["value"]),
-            _text(entry["machine"]),
+            escaped(entry["system"]),
+            escaped(entry["what"]),
+            escaped(entry["value"]),
+            escaped(entry["machine"]),
             source,
         )
         body.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
-    return _table(("system", "what was measured", "figure", "machine", "source"), body, "left")
+    return html_table(("system", "what was measured", "figure", "machine", "source"), body, "left")
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    """A whole, self-contained page."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escaped(title)}</title><style>{_CSS}</style></head>"
+        f"<body><main>{''.join(parts)}</main></body></html>\n"
+    )
 
 
 def render(document: Document) -> str:
     """The report as HTML."""
     light, dark = plot.draw(document, plot.LIGHT), plot.draw(document, plot.DARK)
-    images = {name: _image(name, light[name], dark[name]) for name in light}
+    images = {name: image(_PLOT_TEXT[name], light[name], dark[name]) for name in light}
     wrong = any(scenario["checked"]["mismatches"] for scenario in document["scenarios"])
     parts = [
         "<h1>Redis, and Redis with GET and SET served in the kernel</h1>",
-        f'<p class="faint">{_text(document["started"])} · <code>{_text(document["command"])}</code></p>',
-        f'<p class="say{" wrong" if wrong else ""}">{_text(closing_line(document))}</p>',
+        f'<p class="faint">{escaped(document["started"])} · <code>{escaped(document["command"])}</code></p>',
+        f'<p class="say{" wrong" if wrong else ""}">{escaped(closing_line(document))}</p>',
     ]
     if document.get("interrupted"):
         parts.append('<p class="missed">This run was cut short: what follows is what it had completed.</p>')
@@ -235,9 +249,9 @@ def render(document: Document) -> str:
         parts.append(
             '<p class="missed">Measured on an emulated CPU: the ratios say nothing about real machines.</p>'
         )
-    parts += [f'<p class="faint">{_text(note)}</p>' for note in document.get("notes", ())]
+    parts += [f'<p class="faint">{escaped(note)}</p>' for note in document.get("notes", ())]
     examples = [
-        f"<li><code>{_text(scenario['name'])}: {_text(example)}</code></li>"
+        f"<li><code>{escaped(scenario['name'])}: {escaped(example)}</code></li>"
         for scenario in document["scenarios"]
         for example in scenario["checked"].get("examples", ())
     ]
@@ -257,23 +271,20 @@ def render(document: Document) -> str:
     parts += [
         "<h2>All figures</h2><p class='faint'>median, and below it the smallest and the largest run</p>",
         _details(document),
-        f"<p>Checked: {_text(verdict_on_answers(document))}.</p>",
-        "<h2>How it was measured</h2><ul>" + "".join(f"<li>{_text(line)}</li>" for line in _METHOD) + "</ul>",
+        f"<p>Checked: {escaped(verdict_on_answers(document))}.</p>",
+        "<h2>How it was measured</h2><ul>"
+        + "".join(f"<li>{escaped(line)}</li>" for line in _METHOD)
+        + "</ul>",
         "<h2>Machine</h2>",
-        _host(document),
+        host_table(document),
         "<h2>Command</h2>",
-        f"<pre>{_text(document['command'])}</pre>",
+        f"<pre>{escaped(document['command'])}</pre>",
         '<section class="others"><h2>Published figures: other machines, other programs</h2>'
         "<p>None of these was measured here, and none is comparable number by number.</p>",
         _published(),
         "</section>",
     ]
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>kflex-repro: Redis benchmark</title><style>{_CSS}</style></head>"
-        f"<body><main>{''.join(parts)}</main></body></html>\n"
-    )
+    return page("kflex-repro: Redis benchmark", parts)
 
 
 def write_report(document: Document, out: Path) -> list[Path]:

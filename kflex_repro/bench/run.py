@@ -115,16 +115,16 @@ def calm_exit(inner: AbstractContextManager[_T]) -> Iterator[_T]:
     try:
         yield value
     except BaseException as error:
-        with _deaf():
+        with uninterrupted():
             if not inner.__exit__(type(error), error, error.__traceback__):
                 raise
     else:
-        with _deaf():
+        with uninterrupted():
             inner.__exit__(None, None, None)
 
 
 @contextmanager
-def _deaf() -> Iterator[None]:
+def uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -185,12 +185,12 @@ class Run:
         self._make_out()
         try:
             self._events.step(0.0, "looking at the machine")
-            self._host = _host_facts()
+            self._host = host_facts()
             # Also a promise that there is room: better now than after half an hour.
             self._save()
             self._all()
         except BaseException:
-            with _deaf():
+            with uninterrupted():
                 self._runner.give_up()
                 if self._runner.results:
                     with suppress(KflexError):
@@ -265,7 +265,7 @@ def _built() -> Any:
     return build.ensure()
 
 
-def _host_facts() -> dict[str, Any]:
+def host_facts() -> dict[str, Any]:
     from kflex_repro import host
 
     return dict(host.summary())

@@ -103,7 +103,7 @@ class Place:
         measured = measure_with(self.log, fail_at)
         monkeypatch.setattr(run, "own_bed", bed)
         monkeypatch.setattr(run, "_built", lambda: None)
-        monkeypatch.setattr(run, "_host_facts", lambda: {"kernel": "6.1", "emulated": False})
+        monkeypatch.setattr(run, "host_facts", lambda: {"kernel": "6.1", "emulated": False})
         monkeypatch.setattr(run.netns, "sweep", list)
         monkeypatch.setattr(run, "Runner", lambda *args: Runner(*args, measure_arm=measured))
         monkeypatch.setattr(Warmer, "warm", lambda *_: 1.0)
