@@ -53,6 +53,12 @@ def _duration(seconds: float) -> str:
     "--keys", type=click.IntRange(100, 5_000_000), help="Size of the key space instead of the scenarios'."
 )
 @click.option("--port", type=click.IntRange(1, 65535), help="Port of the offloaded server [a free one].")
+@click.option(
+    "--probe",
+    "with_probe",
+    is_flag=True,
+    help="Also what requests take inside the server: queueing, execution, reply.",
+)
 def redis(
     attach: str | None,
     quick: bool,
@@ -66,6 +72,7 @@ def redis(
     dry_run: bool,
     keys: int | None,
     port: int | None,
+    with_probe: bool,
 ) -> None:
     """Compare redis-server alone with the same redis-server and GET and SET served in the kernel.
 
@@ -78,7 +85,7 @@ def redis(
     if list_them:
         _print_list(load_scenarios(), as_json)
         return
-    plan = make_plan(Options(attach, quick, names, pairs, seconds, netns, out, keys, port))
+    plan = make_plan(Options(attach, quick, names, pairs, seconds, netns, out, keys, port, with_probe))
     if dry_run:
         _print_plan(plan, as_json)
         return
@@ -164,7 +171,8 @@ def probe(
     plan = probe_run.make_plan(probe_run.Options(quick, ops, arms, pairs, seconds, out))
     text = (
         f"{', '.join(op.name for op in plan.study.ops)}; {', '.join(plan.arms)}; "
-        f"{_many(plan.pairs, 'pair')}: {plan.runs} runs, about {_duration(plan.estimate_s)}; results in {plan.out}"
+        f"{_many(plan.pairs, 'pair')}: {plan.runs} runs, about {_duration(plan.estimate_s)}; results in "
+        f"{plan.out}"
     )
     if dry_run:
         click.echo(json.dumps(plan.to_json(), indent=1) if as_json else text)
@@ -279,6 +287,7 @@ def _print_table(document: Mapping[str, Any], console: Console) -> None:
     if not console.is_terminal:
         console.width = 160
     console.print(table)
+    _print_inside(document, console)
     missed = missed_targets(document)
     if missed:
         console.print("\nexpected on the reference machine, not reached here:", style="dim")
@@ -287,6 +296,22 @@ def _print_table(document: Mapping[str, Any], console: Console) -> None:
     for note in document["notes"]:
         console.print(f"note: {note}", style="dim", soft_wrap=True)
     console.print()
+
+
+def _print_inside(document: Mapping[str, Any], console: Console) -> None:
+    from kflex_repro.bench import inside, plot
+
+    found = inside.rows(document, plot.ARM_NAMES)
+    if not found:
+        return
+    table = Table(
+        box=None, header_style="bold", pad_edge=False, title="\ninside the server, µs", title_justify="left"
+    )
+    for index, heading in enumerate(("scenario", "", *inside.HEADINGS)):
+        table.add_column(heading, justify="left" if index < 3 else "right", no_wrap=True)
+    for row in found:
+        table.add_row(*row)
+    console.print(table)
 
 
 def _print_list(scenarios: tuple[Scenario, ...], as_json: bool) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 from kflex_repro.bench.bed import Bed, family_keys
 from kflex_repro.bench.burst import WATCH_AFTER_S, run_burst
 from kflex_repro.bench.checker import COHERENT_OPS, STORE_OPS, Checked, Checker, Wire, encode
 from kflex_repro.bench.cpu import CpuCost, CpuMeter
+from kflex_repro.bench.inside import Inside, Watched, inside, watching
 from kflex_repro.bench.load import Job, Outcome, driver
 from kflex_repro.bench.result import Ratio, Recovery, ScenarioResult, Side
 from kflex_repro.bench.scenario import BURST_RUN_S, CALIBRATION_S, OVERHEAD_S, PREPARE_S, Scenario
@@ -27,7 +29,8 @@ class ArmRun:
     """One arm of one pair.
 
     ``served`` and ``passed`` count the requests that the offload saw meanwhile, the checker's included (None
-    for ``served`` of the other arms); ``burst`` and ``shares`` are in seconds from the start of the run.
+    for ``served`` of the other arms); ``burst`` and ``shares`` are in seconds from the start of the run;
+    ``watched`` is what a probe saw inside the server.
     """
 
     outcome: Outcome
@@ -38,6 +41,7 @@ class ArmRun:
     oldest_set_ms: float | None = None
     shares: tuple[ShareSample, ...] = ()
     burst: tuple[float, float] | None = None
+    watched: Watched | None = None
 
 
 def job_of(scenario: Scenario, seconds: float) -> Job:
@@ -123,12 +127,28 @@ Measure = Callable[[Bed, Scenario, str, float, float, Count], ArmRun]
 
 
 def measure(
-    bed: Bed, scenario: Scenario, arm: str, seconds: float, expected_rps: float, count_checked: Count
+    bed: Bed,
+    scenario: Scenario,
+    arm: str,
+    seconds: float,
+    expected_rps: float,
+    count_checked: Count,
+    probe: bool = False,
 ) -> ArmRun:
     """Run one arm for about ``seconds``, with the checker beside it on the same server.
 
-    What the checker found goes to ``count_checked`` also when the run itself fails.
+    What the checker found goes to ``count_checked`` also when the run itself fails. With ``probe`` the
+    monitor's histograms are on meanwhile.
     """
+    endpoint = bed.endpoint(arm)
+    with watching(endpoint) if probe else nullcontext() as watched:
+        run = _measure(bed, scenario, arm, seconds, expected_rps, count_checked)
+    return replace(run, watched=watched)
+
+
+def _measure(
+    bed: Bed, scenario: Scenario, arm: str, seconds: float, expected_rps: float, count_checked: Count
+) -> ArmRun:
     endpoint = bed.endpoint(arm)
     running = driver(scenario.driver).prepare(job_of(scenario, seconds), endpoint.target(arm), expected_rps)
     checker = Checker(endpoint.host, endpoint.port, ops=COHERENT_OPS if bed.mode == "coherent" else STORE_OPS)
@@ -225,7 +245,19 @@ class Pairs:
             mismatch_examples=self.checked.examples,
             set_in_redis_ms=figure(self.column("offload", lambda run: run.oldest_set_ms)),
             recovery=self.recovery(),
+            inside=self.inside(),
         )
+
+    def inside(self) -> dict[str, dict[str, Inside]]:
+        """arm -> command -> what the server's probe saw; empty without one."""
+        commands = [op for op, _ in self.scenario.mix] or [self.scenario.op]
+        found = {}
+        for arm in self.done[0]:
+            seen = [pair[arm].watched for pair in self.done]
+            watched = [one.commands for one in seen if one is not None]
+            if watched:
+                found[arm] = inside(watched, commands)
+        return found
 
 
 class Runner:

@@ -28,19 +28,21 @@ _METHOD = (
     "One redis-server of ours. Every probe runs right beside a run without one, A B B A, A B B A …; two "
     "neighbours share a plain run, and every other round runs backwards. A ratio is taken within a pair; its "
     "median over the pairs is what counts, with the smallest and the largest.",
-    "Each arm is attached for its run only and taken off before the next. A run is all loads one after another.",
-    "Noise: every plain run divided by the plain run before it in its round, nothing attached in either. A cost "
-    "smaller than that is not told apart from none by these runs.",
+    "Each arm is attached for its run only and taken off before the next. A run is all loads one after "
+    "another.",
+    "Noise: every plain run divided by the plain run before it in its round, nothing attached in either. A "
+    "cost smaller than that is not told apart from none by these runs.",
     "Ours are the monitor as `kflex-repro monitor` runs it, its user space included: histograms (read once a "
     "second), every event into a recording, events of one request in "
     f"{SAMPLE} into a recording.",
-    "The old design was written anew from its description, not from its code: tracepoints at the beginning and "
-    "the end of read and of write; each copies up to 256 bytes of the payload and sends them as one perf event, "
-    "which wakes the reader. The reader, in C, counts commands and prints nothing, which flatters it; the sizes "
-    "of the payload and of the buffers (64 pages per CPU) are ours.",
-    "bpftrace prints a line for each read and write, payload included, into a file; its buffers are the usual.",
-    "redis-benchmark for the closed loops; the fixed rate is an open loop, each request timed from the moment "
-    "it was due. 64-byte values.",
+    "The old design was written anew from its description, not from its code: tracepoints at the beginning "
+    "and the end of read and of write; each copies up to 256 bytes of the payload and sends them as one perf "
+    "event, which wakes the reader. The reader, in C, counts commands and prints nothing, which flatters it; "
+    "the sizes of the payload and of the buffers (64 pages per CPU) are ours.",
+    "bpftrace prints a line for each read and write, payload included, into a file; its buffers are the "
+    "usual.",
+    "redis-benchmark for the closed loops; the fixed rate is an open loop, each request timed from the "
+    "moment it was due. 64-byte values.",
     "Requests are counted by Redis itself (INFO commandstats) and compared with what each arm saw.",
 )
 
@@ -224,10 +226,12 @@ def _published(document: Document) -> str:
     defects = "".join(f"<li>{escaped(line)}</li>" for line in theirs["defects"])
     return (
         html_table(heads, body)
-        + f"<p>{escaped(theirs['source'])}; machine: {escaped(theirs['machine'])}. What is wrong with them:</p>"
+        + f"<p>{escaped(theirs['source'])}; machine: {escaped(theirs['machine'])}. What is wrong with "
+        "them:</p>"
         + f"<ul>{defects}</ul>"
-        + "<p>“Here” is the monitor of that design written for this comparison, one client, the time that the "
-        "client sees: another machine and another quantity, so the costs may be compared, the times not.</p>"
+        + "<p>“Here” is the monitor of that design written for this comparison, one client, the time that "
+        "the client sees: another machine and another quantity, so the costs may be compared, the times "
+        "not.</p>"
     )
 
 
@@ -251,8 +255,8 @@ def render(document: Document) -> str:
         parts += ["<h2>Goals</h2>", _goals(document)]
     parts += images
     parts += [
-        "<h2>All figures</h2><p class='faint'>changes to the plain run beside it: median (smallest … largest); "
-        "in the rows without a probe: plain runs among themselves</p>",
+        "<h2>All figures</h2><p class='faint'>changes to the plain run beside it: median (smallest … "
+        "largest); in the rows without a probe: plain runs among themselves</p>",
         _all(document),
     ]
     if "saturation" in document["loads"]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kflex_repro.bench import plot
+from kflex_repro.bench import inside, plot
 from kflex_repro.bench.scenario import data_dir, read_toml
 from kflex_repro.bench.summary import (
     HEADINGS,
@@ -170,6 +170,23 @@ def _details(document: Document) -> str:
     return html_table(("scenario", "", *(head for _, head, _ in _DETAIL)), body)
 
 
+def _inside(document: Document) -> list[str]:
+    """What requests took inside the server, if it was watched (--probe)."""
+    found = inside.rows(document, plot.ARM_NAMES)
+    if not found:
+        return []
+    body = [
+        "<tr>" + "".join(f'<td class="n">{escaped(cell)}</td>' for cell in row) + "</tr>" for row in found
+    ]
+    return [
+        "<h2>Inside the server</h2>",
+        "<p class=\"faint\">µs, p50 / p99: from a request's arrival in the server's socket to the end of the "
+        "write of its reply, and its parts. Only of what reached the server: what the kernel answered itself "
+        "did not. The client's figures are over all its requests.</p>",
+        html_table(("scenario", "", *inside.HEADINGS), body),
+    ]
+
+
 def _plain(value: Any) -> str:
     """A fact as text; doctor's own rows are ``{"state": …, "value": …}``."""
     if isinstance(value, bool):
@@ -271,6 +288,7 @@ def render(document: Document) -> str:
     parts += [
         "<h2>All figures</h2><p class='faint'>median, and below it the smallest and the largest run</p>",
         _details(document),
+        *_inside(document),
         f"<p>Checked: {escaped(verdict_on_answers(document))}.</p>",
         "<h2>How it was measured</h2><ul>"
         + "".join(f"<li>{escaped(line)}</li>" for line in _METHOD)

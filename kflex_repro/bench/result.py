@@ -2,7 +2,8 @@
 
 Every figure is ``{"median", "min", "max", "runs"}``; null where a driver cannot measure it. Beyond the
 schema of the design a scenario may carry ``recovery`` (the burst scenario), ``set_in_redis_ms`` (how old an
-accepted SET ever was before Redis had it) and ``targets`` (the expected ratios and whether they were met).
+accepted SET ever was before Redis had it), ``inside`` (what requests took inside the server, with --probe)
+and ``targets`` (the expected ratios and whether they were met).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kflex_repro.bench.inside import Inside
 from kflex_repro.bench.scenario import FLOORS, Scenario
 from kflex_repro.bench.stats import Figure
 from kflex_repro.errors import KflexError
@@ -120,6 +122,7 @@ class ScenarioResult:
     mismatch_examples: tuple[str, ...] = ()
     set_in_redis_ms: Figure | None = None
     recovery: Recovery | None = None
+    inside: Mapping[str, Mapping[str, Inside]] = field(default_factory=dict)
 
     def targets(self) -> tuple[TargetCheck, ...]:
         """The scenario's expectations with what was measured."""
@@ -177,6 +180,11 @@ class ScenarioResult:
             out["set_in_redis_ms"] = _figure(self.set_in_redis_ms)
         if self.recovery:
             out["recovery"] = self.recovery.to_json()
+        if self.inside:
+            out["inside"] = {
+                arm: {command: one.to_json() for command, one in commands.items()}
+                for arm, commands in self.inside.items()
+            }
         if scenario.targets:
             out["targets"] = [check.to_json() for check in self.targets()]
         return out

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from kflex_repro.bench import netns
+from kflex_repro.bench import inside, netns
 from kflex_repro.bench.bed import Bed, attached_bed, own_bed, parse_host_port
 from kflex_repro.bench.load import redis_benchmark_binary
-from kflex_repro.bench.pair import Runner
+from kflex_repro.bench.pair import Runner, measure
 from kflex_repro.bench.report import write_report
 from kflex_repro.bench.result import Result, ScenarioResult, write_result
 from kflex_repro.bench.scenario import Scenario, estimate, load_scenarios, select
@@ -41,6 +42,7 @@ class Options:
     out: Path | None = None
     keys: int | None = None
     port: int | None = None
+    probe: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Plan:
     attach: tuple[str, int] | None
     port: int | None
     out: Path
+    probe: bool = False
 
     @property
     def estimate_s(self) -> float:
@@ -71,6 +74,7 @@ class Plan:
             "runs": self.runs,
             "estimate_s": round(self.estimate_s),
             "attach": f"{self.attach[0]}:{self.attach[1]}" if self.attach else None,
+            "probe": self.probe,
             "out": str(self.out),
         }
 
@@ -96,6 +100,7 @@ def make_plan(options: Options, scenarios: Sequence[Scenario] | None = None) -> 
         attach=parse_host_port(options.attach) if options.attach else None,
         port=options.port,
         out=options.out or Path("results") / f"{stamp}-redis",
+        probe=options.probe,
     )
 
 
@@ -155,8 +160,9 @@ class Run:
         self._started = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         self._host: dict[str, Any] = {}
         self._redis: dict[str, Any] = {"version": "?", "args": []}
-        self._notes: list[str] = []
-        self._runner = Runner(plan.pairs, plan.seconds, self._events.step)
+        self._notes: list[str] = [inside.NOTE] if plan.probe else []
+        measure_arm = partial(measure, probe=True) if plan.probe else measure
+        self._runner = Runner(plan.pairs, plan.seconds, self._events.step, measure_arm)
         self._complete = False
         self._made_out = False
 
