@@ -192,6 +192,8 @@ def probe(
         click.echo(json.dumps(document, indent=1))
     else:
         _print_probes(document, Console(highlight=False))
+    if line := probe_report.doubt(document):
+        errors.print(f"note: {line}", soft_wrap=True)
     errors.print(f"report: {plan.out / 'report.html'}", soft_wrap=True)
     click.echo(probe_report.verdict(document), err=as_json)
 

@@ -39,6 +39,7 @@ class Load:
     driver: str
     clients: int
     share: float
+    threads: int = 1
     rate: int = 0
     quick: bool = False
 
@@ -48,7 +49,7 @@ class Load:
             op=op.command,
             mix=(),
             clients=self.clients,
-            threads=1,
+            threads=self.threads,
             value_bytes=VALUE_BYTES,
             pipeline=1,
             keys=op.keys,

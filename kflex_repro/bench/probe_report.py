@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from kflex_repro.bench import probe_plot
@@ -41,6 +42,8 @@ _METHOD = (
     "the sizes of the payload and of the buffers (64 pages per CPU) are ours.",
     "bpftrace prints a line for each read and write, payload included, into a file; its buffers are the "
     "usual.",
+    "Throughput of the closed loops is by the server's own count, looked at every 40 ms, in the midst of a "
+    "run.",
     "redis-benchmark for the closed loops; the fixed rate is an open loop, each request timed from the "
     "moment it was due. 64-byte values.",
     "Requests are counted by Redis itself (INFO commandstats) and compared with what each arm saw.",
@@ -85,6 +88,23 @@ def verdict(document: Document) -> str:
         names = [f"{goal['arm']} {METRICS[goal['metric']]} of {goal['op'].upper()}" for goal in missed]
         text += "; missed: " + ", ".join(names)
     return text
+
+
+def doubt(document: Document) -> str:
+    """What makes the verdicts worth little: plain runs that differ by more than the goals allow; else ""."""
+    goals = document["goals"]
+    slack = min((abs(goal.get("at_least", goal.get("at_most")) - 1) for goal in goals), default=None)
+    if slack is None:
+        return ""
+    loads = {goal["load"] for goal in goals}
+    found = [op["noise"][load]["rps"] for op in document["ops"] for load in loads]
+    typical = [median(abs(run - 1) for run in one["runs"]) for one in found if one]
+    if not typical or max(typical) <= slack:
+        return ""
+    return (
+        f"plain runs differ by {max(typical):.1%} among themselves, more than the {slack:.0%} that a goal "
+        "allows: take a quieter machine, or more and longer pairs"
+    )
 
 
 def share_seen(entry: Mapping[str, Any]) -> str:
@@ -152,11 +172,17 @@ def _cpu(document: Document) -> str:
         for arm, name in document["arms"].items():
             found = op["figures"]["saturation"][arm]
             ratio = op["ratio"]["saturation"].get(arm) or op["noise"]["saturation"]
-            cells = [op["name"].upper(), name]
+            cells = [op["name"].upper(), name, _busy(found)]
             for metric in ("server_cpu", "system_cpu"):
                 cells += [number(median_of(found[metric])), ratio_text(ratio[metric])]
             body.append("<tr>" + "".join(f'<td class="n">{escaped(cell)}</td>' for cell in cells) + "</tr>")
-    return html_table(("", "probe", "server µs", "change", "system µs", "change"), body)
+    return html_table(("", "probe", "server busy", "server µs", "change", "system µs", "change"), body)
+
+
+def _busy(found: Mapping[str, Any]) -> str:
+    """The share of one CPU that the server used: far from 100 %, something else was the limit."""
+    rps, each = median_of(found["rps"]), median_of(found["server_cpu"])
+    return f"{rps * each / 1e6:.0%}" if rps and each else "–"
 
 
 def _seen(document: Document) -> str:
@@ -251,6 +277,8 @@ def render(document: Document) -> str:
         parts.append('<p class="faint">A quick run: too short to tell a few per cent apart.</p>')
     if document["host"].get("emulated"):
         parts.append('<p class="missed">Measured on an emulated CPU: says nothing about real machines.</p>')
+    if line := doubt(document):
+        parts.append(f'<p class="missed">{escaped(line)}.</p>')
     if document["goals"]:
         parts += ["<h2>Goals</h2>", _goals(document)]
     parts += images
@@ -260,7 +288,11 @@ def render(document: Document) -> str:
         _all(document),
     ]
     if "saturation" in document["loads"]:
-        parts += ["<h2>CPU per request at saturation</h2>", _cpu(document)]
+        parts += [
+            "<h2>CPU per request at saturation</h2><p class='faint'>Where the server is not busy all the "
+            "time, its clients were the limit, and a cost shows here rather than in the throughput.</p>",
+            _cpu(document),
+        ]
     parts += ["<h2>What they saw</h2>", _seen(document)]
     parts += [
         f"<p>{escaped(op['about'])}: {median_of(op['existing']):.1%} of the keys existed.</p>"

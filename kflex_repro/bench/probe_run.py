@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -40,6 +42,7 @@ _ARM_S = {"old": 0.4, "bpftrace": 4.0}
 _GUESS = 10_000.0
 _CALIBRATE = 0.15
 _FILL_BATCH = 50_000
+_CLOCK_S = 0.04
 _FILL = """
 for i = tonumber(ARGV[2]), tonumber(ARGV[3]) do
   redis.call('SET', ARGV[1] .. string.format('%012d', i), ARGV[4])
@@ -153,6 +156,19 @@ class Site(Protocol):
     def run(self, op: Op, loads: Sequence[Load], arm: str, seconds: float) -> ArmRun: ...
 
 
+def steady_rate(samples: Sequence[tuple[float, int]], total: int) -> float | None:
+    """Requests/s between the first and the last sample in the midst of a run; None without two of them.
+
+    By the server's count: redis-benchmark with threads looks at its own clock every 250 ms, which is too
+    seldom for runs of a second.
+    """
+    inner = [(at, count) for at, count in samples if total * 0.04 < count < total * 0.97]
+    if len(inner) < 2 or inner[-1][1] - inner[0][1] < total / 4:
+        return None
+    (start, before), (end, after) = inner[0], inner[-1]
+    return (after - before) / (end - start)
+
+
 class LiveSite:
     """A redis-server of ours and its load generators."""
 
@@ -204,11 +220,34 @@ class LiveSite:
         running = driver(load.driver).prepare(load.job(op, seconds), self._target, expected)
         try:
             meter = CpuMeter(self._server.pid)
-            running.go()
-            outcome = running.wait()
-            return outcome, meter.per_op(outcome.ops)
+            with self._clocked(op) as clocked:
+                running.go()
+                outcome = running.wait()
+            cost = meter.per_op(outcome.ops)
         finally:
             running.stop()
+        rate = None if load.rate else steady_rate(clocked, outcome.ops)
+        return (replace(outcome, rps=rate) if rate else outcome), cost
+
+    @contextmanager
+    def _clocked(self, op: Op) -> Iterator[list[tuple[float, int]]]:
+        """Samples of how many requests the server has had, ``(seconds, requests)``, taken meanwhile."""
+        samples: list[tuple[float, int]] = []
+        first = self._counts().get(op.command, 0)
+        done = threading.Event()
+
+        def look() -> None:
+            while not done.wait(_CLOCK_S):
+                count = self._counts().get(op.command, 0) - first
+                samples.append((time.monotonic(), count))
+
+        thread = threading.Thread(target=look, name="clock", daemon=True)
+        thread.start()
+        try:
+            yield samples
+        finally:
+            done.set()
+            thread.join()
 
     def program_costs(self, op: Op, load: Load, arm: str, seconds: float) -> dict[str, dict[str, float]]:
         """What the programs of one of our modes take themselves, by the kernel's own count."""

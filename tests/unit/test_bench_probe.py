@@ -162,6 +162,15 @@ def test_the_verdict_names_what_was_missed(tmp_path: Path) -> None:
     assert line == "4 of 6 goals met; missed: events throughput of GET, events p50 of GET"
 
 
+def test_a_noisy_machine_is_told(tmp_path: Path) -> None:
+    document = done(tmp_path, ops=("get",), pairs=1)
+    # Plain runs three runs apart differ by 3 %, the goals allow 2 %.
+    assert "3.0% among themselves, more than the 2%" in probe_report.doubt(document)
+    noise = document["ops"][0]["noise"]["saturation"]["rps"]
+    noise["runs"] = [1.01, 0.995]
+    assert probe_report.doubt(document) == ""
+
+
 # --- plan --------------------------------------------------------------------------------------------------
 
 
@@ -213,6 +222,31 @@ def test_a_dry_run_says_what_it_would_do(tmp_path: Path) -> None:
     assert plan["arms"] == [PLAIN, "histogram", "events", "sampled", "old"]
     assert plan["runs"] == 2 * 3 * 7
     assert not out.exists()
+
+
+# --- throughput --------------------------------------------------------------------------------------------
+
+
+def test_the_rate_is_that_of_the_midst_of_a_run() -> None:
+    # 10,000 requests at 20,000/s between a slow start and a generator that notices its end late.
+    samples = [
+        (0.1, 0),
+        (0.2, 0),
+        (0.3, 1000),
+        (0.4, 3000),
+        (0.5, 5000),
+        (0.6, 7000),
+        (0.7, 9000),
+        (0.8, 10_000),
+    ]
+    assert probe_run.steady_rate([*samples, (0.9, 10_000), (1.0, 10_000)], 10_000) == pytest.approx(20_000)
+
+
+@pytest.mark.parametrize(
+    "samples", [[], [(0.1, 5000)], [(0.1, 10_000), (0.2, 10_000)], [(0.1, 900), (0.2, 1500)]]
+)
+def test_a_run_too_short_for_that_has_no_such_rate(samples: list[tuple[float, int]]) -> None:
+    assert probe_run.steady_rate(samples, 10_000) is None
 
 
 # --- what is left ------------------------------------------------------------------------------------------
@@ -277,4 +311,5 @@ def test_deletes_are_sent_over_the_whole_key_space() -> None:
     delete = next(op for op in study.ops if op.name == "delete")
     argv = redis_benchmark_argv(study.loads[0].job(delete, 1.0), Target("127.0.0.1", 1), 10)
     assert argv[argv.index("-r") + 1] == str(delete.fill)
+    assert argv[argv.index("--threads") + 1] == "2"
     assert argv[-2:] == ["DEL", "kflex:bench:__rand_int__"]
