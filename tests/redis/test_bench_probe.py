@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -43,17 +44,22 @@ def bench(*args: str) -> subprocess.Popen[str]:
     )
 
 
-def session_of(leader: int) -> list[str]:
-    """What still runs of the processes that ``leader`` started (they live in sessions of their own)."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            stat = (entry / "stat").read_text().rpartition(")")[2].split()
-            if int(stat[1]) == leader:
-                found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        except (OSError, IndexError):
-            continue
+def children_of(pid: int) -> set[int]:
+    """The processes that ``pid`` started and that still run."""
+    found: set[int] = set()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):
+            found |= {int(child) for child in (task / "children").read_text().split()}
     return found
+
+
+def runs(pids: set[int], name: str) -> bool:
+    """Whether one of the processes is a ``name``."""
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if name.encode() in (Path(f"/proc/{pid}") / "cmdline").read_bytes():
+                return True
+    return False
 
 
 def programs_of(pids: set[int]) -> list[str]:
@@ -130,6 +136,7 @@ def test_an_arm_sees_what_is_asked_and_leaves_nothing(arm: str) -> None:
         if shutil.which("bpftrace") is None:
             unavailable("bpftrace is not installed")
     with ManagedServer() as server, server.client() as client:
+        before = children_of(os.getpid())
         with probe_arms.attach(arm, server.pid, server.port) as attached:
             for number in range(REQUESTS):
                 client.set(f"key:{number}", "value")
@@ -143,7 +150,7 @@ def test_an_arm_sees_what_is_asked_and_leaves_nothing(arm: str) -> None:
             assert (sight.commands["SET"], sight.commands["GET"]) == (REQUESTS, REQUESTS)
         assert sight.lost == 0
         assert programs_of({os.getpid()}) == []
-        assert session_of(os.getpid()) == [one for one in session_of(os.getpid()) if "redis-server" in one]
+        assert children_of(os.getpid()) - before == set()
 
 
 def test_an_arm_that_fails_leaves_nothing() -> None:
@@ -160,8 +167,8 @@ def test_an_interruption_leaves_nothing_attached(tmp_path: Path, number: int) ->
     out = tmp_path / "out"
     process = bench("probe", "--arm", "old", "--op", "get", "--pairs", "50", "--out", str(out))
     try:
-        until(lambda: any("oldmonitor_reader" in one for one in session_of(process.pid)), 60)
-        children = {int(one) for one in _children(process.pid)}
+        until(lambda: runs(children_of(process.pid), "oldmonitor_reader"), 60)
+        children = children_of(process.pid)
         process.send_signal(number)
         _, said = process.communicate(timeout=60)
     finally:
@@ -170,13 +177,6 @@ def test_an_interruption_leaves_nothing_attached(tmp_path: Path, number: int) ->
     until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
     # Nothing was completed: nothing is left.
     assert not out.exists() or json.loads((out / "result.json").read_text())["interrupted"]
-
-
-def _children(pid: int) -> list[str]:
-    found: list[str] = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        found += (task / "children").read_text().split()
-    return found
 
 
 def test_bench_redis_shows_what_requests_took_inside(tmp_path: Path) -> None:

@@ -105,7 +105,7 @@ class Place:
         monkeypatch.setattr(run, "_built", lambda: None)
         monkeypatch.setattr(run, "host_facts", lambda: {"kernel": "6.1", "emulated": False})
         monkeypatch.setattr(run.netns, "sweep", list)
-        monkeypatch.setattr(run, "Runner", lambda *args: Runner(*args, measure_arm=measured))
+        monkeypatch.setattr(run, "Runner", lambda *args: Runner(*args[:3], measure_arm=measured))
         monkeypatch.setattr(Warmer, "warm", lambda *_: 1.0)
 
 
