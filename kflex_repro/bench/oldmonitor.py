@@ -37,7 +37,8 @@ T = TypeVar("T")
 class Seen:
     """What the reader took: by command, all events, those lost (at least), and the mean "latency", ns.
 
-    That is the duration of the write call, as the old monitor had it.
+    Lost are events that found no room, and runs that the kernel skipped because another program was running
+    on that CPU. The latency is the duration of the write call, as the old monitor had it.
     """
 
     commands: dict[str, int]
@@ -127,13 +128,14 @@ class OldMonitor:
 
     def finish(self) -> Seen:
         """Detach, and what was seen."""
+        missed = sum(int(program.info.recursion_misses) for program in self._object.programs.values())
         self._detach()
         assert self._child is not None
         out, _ = self._child.communicate("", timeout=_END_S)
         found = json.loads(out)
         writes = found["writes"]
         mean = found["write_ns"] / writes if writes else 0.0
-        return Seen(found["commands"], found["events"], found["lost"], mean)
+        return Seen(found["commands"], found["events"], found["lost"] + missed, mean)
 
     def _detach(self) -> None:
         links, self._links = self._links, []

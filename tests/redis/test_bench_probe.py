@@ -146,9 +146,14 @@ def test_an_arm_sees_what_is_asked_and_leaves_nothing(arm: str) -> None:
         assert sight is not None
         if arm == "sampled":
             assert sum(sight.commands.values()) + sight.skipped >= 2 * REQUESTS
+        elif arm in ("old", "bpftrace"):
+            # The kernel skips programs on tracepoints where another's runs; bpftrace does not know of that.
+            for command in ("SET", "GET"):
+                assert 0.9 * REQUESTS < sight.commands[command] <= REQUESTS
+                assert sight.commands[command] == REQUESTS or arm == "bpftrace" or sight.lost
         else:
             assert (sight.commands["SET"], sight.commands["GET"]) == (REQUESTS, REQUESTS)
-        assert sight.lost == 0
+        assert not sight.lost or arm in ("old", "bpftrace")
         assert programs_of({os.getpid()}) == []
         assert children_of(os.getpid()) - before == set()
 
