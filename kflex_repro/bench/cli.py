@@ -139,7 +139,7 @@ def report(directory: Path) -> None:
     help="histogram, events, sampled, old, bpftrace (repeatable) [all].",
 )
 @click.option("--pairs", type=click.IntRange(1, 1000), help="Interleaved pairs of each [5; --quick: 3].")
-@click.option("--seconds", type=click.FloatRange(0.2, 600), help="Seconds per run [1.2; --quick: 0.5].")
+@click.option("--seconds", type=click.FloatRange(0.2, 600), help="Seconds per run [1.1; --quick: 0.5].")
 @click.option("--out", type=click.Path(path_type=Path), help="Results directory [results/<UTC time>-probe].")
 @click.option(
     "--json", "as_json", is_flag=True, help="Print result.json to stdout (everything else to stderr)."

@@ -34,11 +34,11 @@ from kflex_repro.files import write_atomically
 
 SCHEMA = 1
 KIND = "probe"
-FULL_PAIRS, FULL_SECONDS = 5, 1.2
+FULL_PAIRS, FULL_SECONDS = 5, 1.1
 QUICK_PAIRS, QUICK_SECONDS = 3, 0.5
-# What a run takes besides its load: attaching, starting generators, filling keys; seconds.
-_OVERHEAD_S = 0.9
-_ARM_S = {"old": 0.4, "bpftrace": 4.0}
+# What a run takes besides its load, seconds: attaching and filling keys; starting each generator.
+_OVERHEAD_S, _START_S = 0.4, 0.27
+_ARM_S = {"old": 0.4, "bpftrace": 5.0}
 _GUESS = 10_000.0
 _CALIBRATE = 0.15
 _FILL_BATCH = 50_000
@@ -86,7 +86,11 @@ class Plan:
     def run_s(self, arm: str) -> float:
         """One run of an arm, seconds."""
         share = sum(load.share for load in self.study.loads)
-        return self.seconds * share + _OVERHEAD_S + _ARM_S.get(arm, 0.0)
+        return self.seconds * share + self._overhead_s + _ARM_S.get(arm, 0.0)
+
+    @property
+    def _overhead_s(self) -> float:
+        return _OVERHEAD_S + _START_S * len(self.study.loads)
 
     @property
     def estimate_s(self) -> float:
