@@ -56,6 +56,8 @@ static __always_inline void report(void *ctx, __u32 kind, __u64 at, __u64 durati
 	e->tid = (__u32)bpf_get_current_pid_tgid();
 	e->kind = kind;
 	e->payload[0] = 0;
+	/* By hand: the verifier of Linux 6.1 wants to see the bound on this very register. */
+	asm volatile("%0 &= %1" : "+r"(length) : "i"(2 * OLDMON_PAYLOAD - 1));
 	if (size > 0 && length <= OLDMON_PAYLOAD)
 		bpf_probe_read_user(e->payload, length, (void *)buffer);
 	bpf_perf_event_output(ctx, &events, BPF_F_CURRENT_CPU, e, sizeof(*e));
