@@ -82,8 +82,13 @@ def ours(options: latency.Options, port: int) -> Iterator[Attached]:
                 if writer is not None:
                     writer.add(records, watch.reader.names)
 
+            failed: list[Exception] = []
+
             def run() -> None:
-                monitor.run(watch, _FOLLOW_S, None, keep, lambda _interval: None)
+                try:
+                    monitor.run(watch, _FOLLOW_S, None, keep, lambda _interval: None)
+                except Exception as error:
+                    failed.append(error)
 
             thread = threading.Thread(target=run, name="monitor", daemon=True)
             thread.start()
@@ -98,6 +103,8 @@ def ours(options: latency.Options, port: int) -> Iterator[Attached]:
                         raise KflexError("the monitor does not end")
                 if writer is not None:
                     writer.close({})
+                if failed:
+                    raise failed[0]
                 return _sight(watch.all())
 
             attached = Attached(stop)
