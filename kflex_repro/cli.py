@@ -45,6 +45,9 @@ _LAZY = {
     "trace": ("kflex_repro.probe.trace_cli:group", "Count system calls and function calls of a process."),
 }
 
+# Not for people: what --host starts on the other side.
+_HIDDEN = {"remote-agent": "kflex_repro.remote.agent:command"}
+
 
 class LazyGroup(click.Group):
     """A click group whose subcommands are imported on first use."""
@@ -53,9 +56,10 @@ class LazyGroup(click.Group):
         return sorted(_LAZY)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _LAZY:
+        place = _LAZY[cmd_name][0] if cmd_name in _LAZY else _HIDDEN.get(cmd_name)
+        if place is None:
             return None
-        module, _, attribute = _LAZY[cmd_name][0].partition(":")
+        module, _, attribute = place.partition(":")
         command = getattr(importlib.import_module(module), attribute)
         assert isinstance(command, click.Command)
         return command

@@ -23,6 +23,7 @@ from kflex_repro.probe import latency, monitor, targets
 from kflex_repro.probe.events import Event
 from kflex_repro.probe.monitor import Interval, KeyPattern, Watch
 from kflex_repro.probe.record import Recording, Writer
+from kflex_repro.remote.options import remotely
 
 _UNITS = {"ns": 1, "us": 1_000, "µs": 1_000, "ms": 1_000_000, "s": 1_000_000_000}
 
@@ -77,6 +78,7 @@ def _filters(command: F) -> F:
     return command
 
 
+@remotely(record=None)
 @click.group("monitor", invoke_without_command=True)
 @click.option(
     "--port", "ports", type=click.IntRange(1, 65535), multiple=True, help="A server's port (repeatable)."

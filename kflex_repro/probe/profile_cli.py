@@ -17,6 +17,7 @@ from rich.text import Text
 
 from kflex_repro.errors import KflexError
 from kflex_repro.probe.options import chosen, parent, run_for, target_options
+from kflex_repro.remote.options import remotely, results
 
 if TYPE_CHECKING:
     from kflex_repro.probe.process import Process
@@ -33,6 +34,7 @@ def _errors() -> Console:
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
+@remotely(out=lambda: results("profile"))
 @click.group(invoke_without_command=True)
 @target_options(many=True)
 @click.option("--all", "everybody", is_flag=True, help="The whole machine: all processes, and the kernel.")

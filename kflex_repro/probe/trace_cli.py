@@ -18,6 +18,7 @@ from rich.text import Text
 
 from kflex_repro.errors import KflexError
 from kflex_repro.probe.options import chosen, parent, run_for, target_options
+from kflex_repro.remote.options import remotely
 
 if TYPE_CHECKING:
     from kflex_repro.probe.functions import Called, Cost, FunctionTrace
@@ -91,6 +92,7 @@ def _save_chart(png: Path | None, *arguments: Any) -> None:
 # --- system calls -----------------------------------------------------------------------------------------
 
 
+@remotely(png=None)
 @group.command()
 @target_options(many=True)
 @_common
@@ -182,6 +184,7 @@ def _syscalls_table(shown: Sequence[Syscall], found: Sequence[Syscall], seconds:
 # --- functions --------------------------------------------------------------------------------------------
 
 
+@remotely(png=None)
 @group.command()
 @target_options()
 @click.option(
@@ -369,6 +372,7 @@ def _functions_chart(png: Path | None, shown: Sequence[Called], process: Process
 # --- list -------------------------------------------------------------------------------------------------
 
 
+@remotely()
 @group.command("list")
 @click.argument("kind", type=click.Choice(["syscalls", "functions", "tracepoints", "libraries"]))
 @target_options()

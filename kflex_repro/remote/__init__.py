@@ -1,0 +1,1 @@
+"""The probe commands on another host, over SSH."""
