@@ -1,8 +1,8 @@
 """The remote side: runs one probe command for a toolkit elsewhere, and leaves nothing.
 
 The command is in a session of its own. It is ended when the connection breaks (end of input, or silence),
-when the agent is terminated, and, by the kernel, when the agent is killed. Results are in a directory of ours,
-which goes away when they have been fetched.
+when the agent is terminated, and, by the kernel, when the agent is killed. Results are in a directory of
+ours, which goes away when they have been fetched.
 """
 
 from __future__ import annotations

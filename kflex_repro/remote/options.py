@@ -154,6 +154,7 @@ def _arguments(
             options.append((one.opts if value else one.secondary_opts)[0])
         elif isinstance(one, click.Option):
             options += [
-                f"{_long(params, str(one.name))}={word}" for word in (value if one.multiple else [value])
+                f"{_long(params, str(one.name))}={word}"
+                for word in (value or () if one.multiple else [value])
             ]
     return [*options, *(["--", *arguments] if arguments else [])]

@@ -89,10 +89,11 @@ class _Worker:
     error: BaseException | None = None
     link: Link | None = None
     session: Session | None = None
+    # Not join: interrupted once, it takes a thread for ended that is not (Python 3.11).
+    ended: threading.Event = field(default_factory=threading.Event)
 
     def start(self) -> _Worker:
-        self.thread = threading.Thread(target=self._run, name=self.target.name, daemon=True)
-        self.thread.start()
+        threading.Thread(target=self._run, name=self.target.name, daemon=True).start()
         return self
 
     def _run(self) -> None:
@@ -104,11 +105,15 @@ class _Worker:
             self.error = error
             self.state = "failed"
         self.seconds = time.monotonic() - self.began
+        self.ended.set()
 
     def _state(self, state: str) -> None:
         self.state = state
 
     def close(self) -> None:
+        """Have nothing left there, whatever state it is in."""
+        if self.session is not None and not self.ended.is_set():
+            self.session.drop()
         if self.link is not None:
             self.link.close()
 
@@ -117,9 +122,9 @@ def _wait(workers: Sequence[_Worker], tick: Any = lambda: None) -> None:
     """Until all have ended. First Ctrl-C: measurements end, their results come; the second drops them."""
     interrupted = False
     try:
-        while alive := [one for one in workers if one.thread.is_alive()]:
+        while alive := [one for one in workers if not one.ended.is_set()]:
             try:
-                alive[0].thread.join(_TICK_S)
+                alive[0].ended.wait(_TICK_S)
                 tick()
             except KeyboardInterrupt:
                 running = [one.session for one in alive if one.session and one.session.started.is_set()]
@@ -272,7 +277,7 @@ def _many(targets: Sequence[Target], chosen: Chosen, wanted: Wanted) -> int:
 
             def tick() -> None:
                 for row, one in zip(rows, workers, strict=True):
-                    progress.update(row, state=_state(one), completed=0 if one.thread.is_alive() else 1)
+                    progress.update(row, state=_state(one), completed=int(one.ended.is_set()))
 
             _wait(workers, tick)
             tick()

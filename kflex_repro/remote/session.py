@@ -85,7 +85,10 @@ class Session:
                 self.link.target.name,
                 "the command there is being ended, what it measured is lost: run it again",
             ) from None
-        self._fetch(finished.get("files", []))
+        try:
+            self._fetch(finished.get("files", []))
+        finally:
+            self.drop()
         self.state("done")
         return int(finished["exit"])
 
@@ -93,6 +96,11 @@ class Session:
         """As Ctrl-C there: the measurement ends, and its result comes."""
         with contextlib.suppress(*_LOST):
             self._send(frames.INTERRUPT)
+
+    def drop(self) -> None:
+        """The results there are not wanted any more."""
+        with contextlib.suppress(*_LOST):
+            self._send(frames.DONE)
 
     def resize(self, window: Mapping[str, object]) -> None:
         """The terminal here has another size now."""
@@ -147,8 +155,9 @@ class Session:
             raise EOFError("closed")
         while channel.recv_stderr_ready():
             complaint += channel.recv_stderr(_CHUNK)
-        # A login that is cut before the toolkit answers has no exit status.
-        code = channel.recv_exit_status() if channel.exit_status_ready() else -1
+        # It comes after the end of the output; a connection that broke has none.
+        channel.status_event.wait(self.link.target.connect_s)
+        code = channel.exit_status
         if code == -1 and not complaint:
             raise EOFError("closed")
         raise _not_started(self.link.target.name, code, complaint.decode(errors="replace"), self.request)
@@ -196,15 +205,14 @@ class Session:
                     ) from None
                 self._channel = None
                 self.link.again()
-        try:
+        # All is here. If this fails, the agent removes what is there by itself, later.
+        with contextlib.suppress(*_LOST):
             if broken:
                 with self.link.client.open_sftp() as sftp:
                     sftp.open(f"{self.work}/{frames.FETCHED}", "w").close()
             else:
                 self._send(frames.DONE)
                 self._until_closed()
-        except _LOST:
-            pass  # all is here; the agent removes what is there by itself
 
     def _until_closed(self) -> None:
         """Until the agent has removed its directory and is gone; not for ever."""

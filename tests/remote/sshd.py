@@ -1,4 +1,4 @@
-"""An sshd of the test's own on loopback, with keys made for it; the system's sshd and its files are not touched."""
+"""An sshd of the test's own on loopback, with keys made for it; the system's is not touched."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def gone(pid: int) -> bool:
 
 @dataclass
 class Host:
-    """The other side: an sshd, a home here that may log in there, and a directory for temporary files there."""
+    """The other side: an sshd, a home here that may log in there, a directory for temporary files there."""
 
     base: Path
     prefix: Sequence[str] = ()
@@ -99,12 +99,13 @@ class Host:
     def start(self) -> Host:
         """Make the keys, start the daemon, trust its key."""
         for path in (self.home / ".ssh", self.there, self.toolkit.parent):
-            path.mkdir(parents=True)
+            path.mkdir(parents=True, exist_ok=True)
         (self.home / ".ssh").chmod(0o700)
         keygen(self.home / ".ssh" / "id_ed25519")
         shutil.copy(self.home / ".ssh" / "id_ed25519.pub", self.base / "authorized_keys")
         self.install(
-            f'TMPDIR={self.there} KFLEX_CACHE={cache.root()} PYTHONPATH={TOP} exec {sys.executable} -m kflex_repro "$@"'
+            f"TMPDIR={self.there} KFLEX_CACHE={cache.root()} PYTHONPATH={TOP} "
+            f'exec {sys.executable} -m kflex_repro "$@"'
         )
         keygen(self.base / "host_ed25519")
         self.serve()
