@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -118,7 +118,7 @@ class _Worker:
             self.link.close()
 
 
-def _wait(workers: Sequence[_Worker], tick: Any = lambda: None) -> None:
+def _wait(workers: Sequence[_Worker], tick: Callable[[], None], say: Callable[[str], None]) -> None:
     """Until all have ended. First Ctrl-C: measurements end, their results come; the second drops them."""
     interrupted = False
     try:
@@ -131,6 +131,7 @@ def _wait(workers: Sequence[_Worker], tick: Any = lambda: None) -> None:
                 if interrupted or len(running) < len(alive):
                     raise
                 interrupted = True
+                say("ending the measurement; Ctrl-C again does not wait for its result")
                 for session in running:
                     session.interrupt()
     finally:
@@ -202,12 +203,15 @@ def _one(target: Target, chosen: Chosen, wanted: Wanted) -> int:
         else:
             status.update(f"{target.name}: {worker.state}")
 
+    def say(line: str) -> None:
+        console.print(f"{target.name}: {line}")
+
     if console.is_terminal:
         status.start()
     try:
         with _resizing(worker):
             worker.start()
-            _wait([worker], tick)
+            _wait([worker], tick, say)
     finally:
         status.stop()
         with contextlib.suppress(BrokenPipeError):
@@ -279,7 +283,7 @@ def _many(targets: Sequence[Target], chosen: Chosen, wanted: Wanted) -> int:
                 for row, one in zip(rows, workers, strict=True):
                     progress.update(row, state=_state(one), completed=int(one.ended.is_set()))
 
-            _wait(workers, tick)
+            _wait(workers, tick, progress.console.print)
             tick()
     _summary(workers, place, wanted.as_json)
     return 0 if all(one.code == 0 for one in workers) else 1

@@ -65,6 +65,10 @@ def gone(pid: int) -> bool:
         return True
 
 
+def _program(first: str) -> str:
+    return f"{first}\nimport sys; from kflex_repro.cli import main; sys.exit(main())"
+
+
 @dataclass
 class Host:
     """The other side: an sshd, a home here that may log in there, a directory for temporary files there."""
@@ -72,7 +76,10 @@ class Host:
     base: Path
     prefix: Sequence[str] = ()
     sftp: str = "internal-sftp"
+    user: str = "root"
     port: int = 0
+    # Python that a process of ours here runs first.
+    first: str = ""
     process: subprocess.Popen[bytes] | None = None
     env: dict[str, str] = field(default_factory=dict)
 
@@ -94,7 +101,7 @@ class Host:
     @property
     def name(self) -> str:
         """As --host."""
-        return f"root@127.0.0.1:{self.port}"
+        return f"{self.user}@127.0.0.1:{self.port}"
 
     def start(self) -> Host:
         """Make the keys, start the daemon, trust its key."""
@@ -103,14 +110,18 @@ class Host:
         (self.home / ".ssh").chmod(0o700)
         keygen(self.home / ".ssh" / "id_ed25519")
         shutil.copy(self.home / ".ssh" / "id_ed25519.pub", self.base / "authorized_keys")
-        self.install(
-            f"TMPDIR={self.there} KFLEX_CACHE={cache.root()} PYTHONPATH={TOP} "
-            f'exec {sys.executable} -m kflex_repro "$@"'
-        )
+        self.install(self.script())
         keygen(self.base / "host_ed25519")
         self.serve()
         self.trust()
         return self
+
+    def script(self, first: str = "") -> str:
+        """Runs this tree's toolkit there; ``first``: Python that it runs before."""
+        return (
+            f"TMPDIR={self.there} KFLEX_CACHE={cache.root()} PYTHONPATH={TOP} "
+            f"exec {sys.executable} -c '{_program(first)}' \"$@\""
+        )
 
     def install(self, script: str) -> None:
         """What the toolkit there is."""
@@ -191,7 +202,7 @@ class Host:
         """The toolkit's command here, for that host."""
         more = ["--host", self.name] if host else []
         more += ["--remote-command", str(self.toolkit)] if toolkit else []
-        return [sys.executable, "-m", "kflex_repro", *map(str, words), *more]
+        return [sys.executable, "-c", _program(self.first), *map(str, words), *more]
 
     def run(self, *words: str | Path, **how: bool) -> subprocess.CompletedProcess[str]:
         """Run it here, in the base directory, to its end."""
@@ -224,13 +235,13 @@ class Host:
 
 
 @contextlib.contextmanager
-def host(base: Path, prefix: Sequence[str] = (), sftp: str = "internal-sftp") -> Iterator[Host]:
+def host(base: Path, prefix: Sequence[str] = (), user: str = "root") -> Iterator[Host]:
     """A running one."""
     if not shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin"):
         unavailable("no sshd: scripts/setup --tests installs it")
     made = not PRIVILEGE_SEPARATION.exists()
     PRIVILEGE_SEPARATION.mkdir(mode=0o755, exist_ok=True)
-    one = Host(base, prefix, sftp)
+    one = Host(base, prefix, user=user)
     try:
         yield one.start()
     finally:

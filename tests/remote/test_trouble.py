@@ -67,7 +67,7 @@ def test_ctrl_c_ends_the_measurement_there_and_its_result_comes(there: Host, red
     with watching(there, redis) as (process, pid):
         process.send_signal(signal.SIGINT)
         out, err = ends(process, pid)
-    assert (process.returncode, err) == (0, "")
+    assert process.returncode == 0 and err.count("\n") == 1 and "ending the measurement" in err
     assert json.loads(out.splitlines()[-1])["type"] == "summary"
 
 
@@ -117,12 +117,52 @@ def test_the_live_table_comes_over_a_terminal(there: Host, redis: Sut) -> None:
         with contextlib.suppress(OSError):  # EIO: it has ended
             while data := os.read(ours, 1 << 16):
                 said += data
-        assert (ends(process, pid)[1], process.returncode) == ("", 0)
+        assert "Traceback" not in ends(process, pid)[1] and process.returncode == 0
         assert b"s in all" in said
     finally:
         os.close(ours)
         process.kill()
         process.communicate()
+
+
+IMPATIENT = "from kflex_repro.remote import frames; frames.ALIVE_S, frames.SILENCE_S = 0.2, 2.0"
+
+
+def test_silence_from_here_ends_the_process_there(there: Host, redis: Sut) -> None:
+    there.install(there.script(IMPATIENT))
+    with watching(there, redis) as (process, pid):
+        process.send_signal(signal.SIGSTOP)  # as a network that swallows everything
+        eventually(lambda: gone(pid), 20, "the process there has ended")
+        process.send_signal(signal.SIGCONT)
+        _, err = ends(process, pid)
+    one_line(err, "the connection broke")
+
+
+def test_silence_from_there_is_a_broken_connection(there: Host, redis: Sut) -> None:
+    there.first = IMPATIENT
+    try:
+        with watching(there, redis) as (process, pid):
+            (session,) = there.sessions()
+            os.kill(session, signal.SIGSTOP)
+            out, err = process.communicate(timeout=60)
+            del out
+            os.kill(session, signal.SIGCONT)
+            ends(process, pid)
+    finally:
+        there.first = ""
+    one_line(err.decode(), "the connection broke", "nothing heard for 2 s")
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_result(there: Host, redis: Sut) -> None:
+    with watching(there, redis) as (process, pid):
+        os.kill(pid, signal.SIGSTOP)  # it will not answer the first
+        process.send_signal(signal.SIGINT)
+        assert process.stderr is not None
+        assert b"again" in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        # The agent kills what does not end.
+        eventually(lambda: gone(pid), 20, "the process there has ended")
 
 
 # --- hosts that cannot ------------------------------------------------------------------------------------
@@ -167,8 +207,16 @@ def test_a_toolkit_that_is_not_ours(there: Host, script: str, part: str) -> None
     one_line(ran.stderr, part)
 
 
+def test_a_host_without_perf(there: Host, here: Path) -> None:
+    there.install("PATH=/nowhere " + there.script())
+    ran = there.run("profile", "--all", "--duration", "0.2", "--out", here / "profile")
+    assert ran.returncode != 0
+    one_line(ran.stderr, f"kflex-repro: {there.name}: ", "perf")
+    assert not (here / "profile").exists()
+
+
 def test_what_the_login_shell_prints_is_no_output(there: Host) -> None:
-    there.install("echo Welcome to this machine; " + there.toolkit.read_text().split("\n")[1])
+    there.install("echo Welcome to this machine; " + there.script())
     ran = there.run(*LIST)
     assert (ran.returncode, ran.stderr, ran.stdout.split()) == (0, "", ["0", "read"])
 
