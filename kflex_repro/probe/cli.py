@@ -78,7 +78,7 @@ def _filters(command: F) -> F:
     return command
 
 
-@remotely(record=None)
+@remotely(new=["record"], record=None)
 @click.group("monitor", invoke_without_command=True)
 @click.option(
     "--port", "ports", type=click.IntRange(1, 65535), multiple=True, help="A server's port (repeatable)."

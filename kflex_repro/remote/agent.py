@@ -319,10 +319,15 @@ def _resize(terminal: int, window: dict[str, Any]) -> None:
 
 
 def _manifest(work: Path, outputs: list[str]) -> list[dict[str, Any]]:
-    """Each result: path under ``work``, size in bytes, sha256."""
+    """Each result: path under ``work``, size in bytes, mode, sha256."""
     paths = [path for name in outputs for path in sorted((work / name).rglob("*"))]
     return [
-        {"path": str(path.relative_to(work)), "size": path.stat().st_size, "sha256": file_digest(path)}
+        {
+            "path": str(path.relative_to(work)),
+            "size": path.stat().st_size,
+            "mode": path.stat().st_mode,
+            "sha256": file_digest(path),
+        }
         for path in paths
         if path.is_file() and not path.is_symlink()
     ]

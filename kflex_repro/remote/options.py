@@ -66,11 +66,11 @@ def _options() -> list[click.Option]:
     ]
 
 
-def remotely(**outputs: Callable[[], str] | None) -> Callable[[C], C]:
+def remotely(new: Sequence[str] = (), **outputs: Callable[[], str] | None) -> Callable[[C], C]:
     """Give a click command --host and --hosts.
 
     ``outputs``: its parameters that name a file or directory to write, and what each is when it is not given
-    (None: then nothing is written). They are written there and fetched. Put it above ``@click.command``.
+    (None: then nothing is written). They are written there and fetched; those in ``new`` replace no file. Put it above ``@click.command``.
     """
 
     def decorate(command: C) -> C:
@@ -113,6 +113,7 @@ def remotely(**outputs: Callable[[], str] | None) -> Callable[[C], C]:
                 "-".join(words),
                 tuple(arguments),
                 {name: (_long(before, name), Path(place)) for name, place in places.items() if place},
+                new=tuple(new),
                 as_json=bool(raw.get("as_json")),
             )
             return ctx.exit(run.run(chosen, wanted))

@@ -36,6 +36,7 @@ class Wanted:
     name: str
     arguments: tuple[str, ...]
     outputs: Mapping[str, tuple[str, Path]]
+    new: tuple[str, ...] = ()
     as_json: bool = False
 
 
@@ -174,7 +175,7 @@ class _Stream:
 
 def _one(target: Target, chosen: Chosen, wanted: Wanted) -> int:
     outputs = {name: place for name, (_, place) in wanted.outputs.items()}
-    _places(outputs)
+    _places(outputs, wanted)
     # Only what is shown live needs a terminal, and that is standard output.
     window = _window() if sys.stdout.isatty() and not outputs else None
     request = _request(chosen, wanted, outputs, window)
@@ -223,9 +224,13 @@ def _one(target: Target, chosen: Chosen, wanted: Wanted) -> int:
     return worker.code
 
 
-def _places(outputs: Mapping[str, Path]) -> None:
+def _places(outputs: Mapping[str, Path], wanted: Wanted) -> None:
     """Said before the measurement, not after."""
-    for place in outputs.values():
+    for name, place in outputs.items():
+        if name in wanted.new and place.exists():
+            raise KflexError(
+                "the file exists", str(place), f"choose another name for {wanted.outputs[name][0]}"
+            )
         above = place.absolute().parent
         while not above.exists():
             above = above.parent
@@ -264,6 +269,7 @@ def _many(targets: Sequence[Target], chosen: Chosen, wanted: Wanted) -> int:
             mine = place / target.name
             _made(mine)
             outputs = {name: mine / (there.name or name) for name, (_, there) in wanted.outputs.items()}
+            _places(outputs, wanted)
             out = files.enter_context((mine / ("output.json" if wanted.as_json else "output.txt")).open("wb"))
             err = files.enter_context((mine / "messages.txt").open("wb"))
             workers.append(_Worker(target, _request(chosen, wanted, outputs, None), out.write, err.write))

@@ -31,6 +31,14 @@ _MISSING = "kflex-remote: no toolkit"
 _NO_SUDO = "kflex-remote: no sudo"
 
 
+class _Output(Exception):
+    """What the command said cannot be printed here: not the connection's fault."""
+
+    def __init__(self, why: OSError) -> None:
+        super().__init__(why)
+        self.why = why
+
+
 @dataclass(frozen=True)
 class Request:
     """What to run there. ``outputs``: a name in ``frames.WORK`` there -> the file or directory here."""
@@ -56,10 +64,22 @@ class Session:
     started: threading.Event = field(default_factory=threading.Event)
     _channel: paramiko.Channel | None = None
     _sending: threading.Lock = field(default_factory=threading.Lock)
-    _spoke: float = 0.0
+    _ended: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> int:
         """The command's exit code, its results here and verified. KflexError if there cannot be any."""
+        try:
+            finished = self._run()
+            try:
+                self._fetch(finished.get("files", []))
+            finally:
+                self.drop()
+        finally:
+            self._ended.set()
+        self.state("done")
+        return int(finished["exit"])
+
+    def _run(self) -> dict[str, Any]:
         began = time.monotonic()
         self.state("starting")
         try:
@@ -76,21 +96,22 @@ class Session:
                     "window": dict(self.request.window) if self.request.window else None,
                 },
             )
-            finished = self._listen()
-        except KflexError:
-            raise
+            threading.Thread(target=self._beat, daemon=True).start()
+            return self._listen()
+        except _Output as stop:
+            raise stop.why from None
         except (*_LOST, Garbage) as error:
             raise KflexError(
                 f"the connection broke after {time.monotonic() - began:.1f} s ({str(error) or 'closed'})",
                 self.link.target.name,
                 "the command there is being ended, what it measured is lost: run it again",
             ) from None
-        try:
-            self._fetch(finished.get("files", []))
-        finally:
-            self.drop()
-        self.state("done")
-        return int(finished["exit"])
+
+    def _beat(self) -> None:
+        """Tell the agent that we are there, also while what it says waits for its reader here."""
+        while not self._ended.wait(frames.ALIVE_S):
+            with contextlib.suppress(*_LOST):
+                self._send(frames.ALIVE)
 
     def interrupt(self) -> None:
         """As Ctrl-C there: the measurement ends, and its result comes."""
@@ -110,13 +131,7 @@ class Session:
     def _send(self, kind: bytes, payload: bytes | dict[str, Any] = b"") -> None:
         with self._sending:
             if self._channel is not None:
-                self._spoke = time.monotonic()
                 self._channel.sendall(frames.encode(kind, payload))
-
-    def alive(self) -> None:
-        """Tell the agent that we are there, if we have not for a while."""
-        if time.monotonic() - self._spoke >= frames.ALIVE_S:
-            self._send(frames.ALIVE)
 
     # --- listening ----------------------------------------------------------------------------------------
 
@@ -129,7 +144,6 @@ class Session:
         complaint = bytearray()
         heard = time.monotonic()
         while True:
-            self.alive()
             while channel.recv_stderr_ready() and len(complaint) < _CHUNK:
                 complaint += channel.recv_stderr(_CHUNK)
             try:
@@ -151,6 +165,8 @@ class Session:
                 if kind == frames.FINISHED:
                     return frames.decode(payload)
                 self._hear(kind, payload)
+            # Again: to print can have taken any time.
+            heard = time.monotonic()
         if decoder is not None:
             raise EOFError("closed")
         while channel.recv_stderr_ready():
@@ -163,10 +179,11 @@ class Session:
         raise _not_started(self.link.target.name, code, complaint.decode(errors="replace"), self.request)
 
     def _hear(self, kind: bytes, payload: bytes) -> None:
-        if kind == frames.OUT:
-            self.out(payload)
-        elif kind == frames.ERR:
-            self.err(payload)
+        if kind in (frames.OUT, frames.ERR):
+            try:
+                (self.out if kind == frames.OUT else self.err)(payload)
+            except OSError as error:
+                raise _Output(error) from None
         elif kind == frames.HELLO:
             hello = frames.decode(payload)
             if hello.get("protocol") != frames.PROTOCOL or hello.get("version") != __version__:
@@ -184,16 +201,16 @@ class Session:
 
     def _fetch(self, files: list[dict[str, Any]]) -> None:
         """All results, verified; over a new connection if this one breaks."""
-        wanted = [(str(one["path"]), int(one["size"]), str(one["sha256"])) for one in files]
-        places = [_place(path, self.request.outputs, self.link.target.name) for path, _, _ in wanted]
+        wanted = [(str(one["path"]), int(one["size"]), str(one["sha256"]), int(one["mode"])) for one in files]
+        places = [_place(path, self.request.outputs, self.link.target.name) for path, *_ in wanted]
         broken = 0
         at = 0
         while at < len(wanted):
-            path, size, digest = wanted[at]
+            path, size, digest, mode = wanted[at]
             self.state(f"fetching {places[at].name}")
             try:
                 with self.link.client.open_sftp() as sftp:
-                    _fetch_one(sftp, f"{self.work}/{path}", places[at], size, digest, self.alive)
+                    _fetch_one(sftp, f"{self.work}/{path}", places[at], size, digest, mode)
                 at += 1
             except _LOST as error:
                 broken += 1
@@ -201,7 +218,7 @@ class Session:
                     raise KflexError(
                         f"the results cannot be fetched: {error or 'the connection broke'}",
                         f"{self.link.target.name}:{self.work}/{path}",
-                        "run it again",
+                        "does sshd there have the sftp subsystem? if so, run it again",
                     ) from None
                 self._channel = None
                 self.link.again()
@@ -237,18 +254,16 @@ def _place(path: str, outputs: Mapping[str, Path], host: str) -> Path:
     return outputs[parts[0]].joinpath(*parts[2:])
 
 
-def _fetch_one(
-    sftp: paramiko.SFTPClient, path: str, place: Path, size: int, digest: str, alive: Callable[[], None]
-) -> None:
+def _fetch_one(sftp: paramiko.SFTPClient, path: str, place: Path, size: int, digest: str, mode: int) -> None:
     """``path`` there as ``place`` here, whole or not at all; damaged: once more, then KflexError."""
     channel = sftp.get_channel()
     assert channel is not None
     channel.settimeout(frames.SILENCE_S)
     for left in (1, 0):
         with _Written(place) as file:
-            got, found = _copy(sftp, path, file, size, alive)
+            got, found = _copy(sftp, path, file, size)
             if (got, found) == (size, digest):
-                file.keep()
+                file.keep(mode)
                 return
         if not left:
             raise KflexError(
@@ -274,10 +289,10 @@ class _Written:
         with self._explained():
             self._file.write(data)
 
-    def keep(self) -> None:
-        """Now it is the file."""
+    def keep(self, mode: int) -> None:
+        """Now it is the file, as readable and writable as it is there."""
         with self._explained():
-            os.fchmod(self._file.fileno(), 0o644)
+            os.fchmod(self._file.fileno(), 0o600 | mode & 0o066)
             self._file.flush()
             os.fsync(self._file.fileno())
             self._temporary.replace(self.place)
@@ -303,9 +318,7 @@ class _Written:
             ) from None
 
 
-def _copy(
-    sftp: paramiko.SFTPClient, path: str, file: _Written, size: int, alive: Callable[[], None]
-) -> tuple[int, str]:
+def _copy(sftp: paramiko.SFTPClient, path: str, file: _Written, size: int) -> tuple[int, str]:
     total, got = hashlib.sha256(), 0
     with sftp.open(path, "rb") as source:
         source.prefetch(size)
@@ -313,7 +326,6 @@ def _copy(
             total.update(data)
             got += len(data)
             file.write(data)
-            alive()
     return got, total.hexdigest()
 
 

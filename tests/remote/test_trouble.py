@@ -79,16 +79,13 @@ def test_the_process_there_ends_with_the_one_here(there: Host, redis: Sut, numbe
 
 
 def test_a_broken_connection_is_said_and_ends_the_process_there(there: Host, redis: Sut, here: Path) -> None:
-    recording = here / "old.kmon"
-    recording.write_bytes(b"the old one")
-    with watching(there, redis, "--record", str(recording)) as (process, pid):
+    with watching(there, redis, "--record", str(here / "busy.kmon")) as (process, pid):
         (session,) = there.sessions()
         os.kill(session, signal.SIGKILL)
         _, err = ends(process, pid)
     one_line(err, "the connection broke after", "is lost: run it again")
     assert process.returncode == 1
-    assert [one.name for one in here.iterdir()] == ["old.kmon"]
-    assert recording.read_bytes() == b"the old one"
+    assert not list(here.iterdir())
 
 
 def test_a_killed_agent_takes_the_command_with_it(there: Host, redis: Sut) -> None:
@@ -125,6 +122,34 @@ def test_the_live_table_comes_over_a_terminal(there: Host, redis: Sut) -> None:
         process.communicate()
 
 
+def test_a_reader_that_goes_away_ends_it(there: Host, redis: Sut) -> None:
+    with watching(there, redis) as (process, pid):
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(30) != 0
+        eventually(lambda: gone(pid), 20, "the process there has ended")
+        process.stdout = None
+
+
+def test_a_reader_that_takes_its_time_does_not_end_it(there: Host, redis: Sut) -> None:
+    # Nobody reads what it prints: pipes are full before long. The agent must not take that for silence.
+    there.install(there.script(IMPATIENT))
+    there.first = "from kflex_repro.remote import frames; frames.ALIVE_S = 0.2"
+    try:
+        with watching(there, redis) as (process, pid):
+            assert process.stdout is not None
+            fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
+            pidfd = os.pidfd_open(pid)
+            ended = select.select([pidfd], [], [], 5)[0]
+            os.close(pidfd)
+            assert not ended
+            process.send_signal(signal.SIGINT)
+            out, _ = ends(process, pid)
+    finally:
+        there.first = ""
+    assert json.loads(out.splitlines()[-1])["type"] == "summary"
+
+
 IMPATIENT = "from kflex_repro.remote import frames; frames.ALIVE_S, frames.SILENCE_S = 0.2, 2.0"
 
 
@@ -154,6 +179,7 @@ def test_silence_from_there_is_a_broken_connection(there: Host, redis: Sut) -> N
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_result(there: Host, redis: Sut) -> None:
+    there.install(there.script("from kflex_repro.remote import agent; agent._GRACE_S = 0.5"))
     with watching(there, redis) as (process, pid):
         os.kill(pid, signal.SIGSTOP)  # it will not answer the first
         process.send_signal(signal.SIGINT)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pty
+import select
 import socket
 import subprocess
 import sys
@@ -185,6 +187,13 @@ def test_what_is_not_given_stays_as_it_was() -> None:
     assert CliRunner().invoke(command, ["--out", "x"]).output == "here: x\n"
 
 
+def test_a_recording_replaces_nothing(tmp_path: Path) -> None:
+    (tmp_path / "old.kmon").touch()
+    words = ["monitor", "--host", "ann@127.0.0.1:1", "--record", str(tmp_path / "old.kmon")]
+    result = CliRunner().invoke(cli, words)
+    assert isinstance(result.exception, KflexError) and "the file exists" in str(result.exception)
+
+
 # --- the agent --------------------------------------------------------------------------------------------
 
 
@@ -278,14 +287,14 @@ def fetch(place: Path, *contents: bytes) -> None:
         place,
         len(right),
         hashlib.sha256(right).hexdigest(),
-        lambda: None,
+        0o100640,
     )
 
 
 def test_a_result_is_whole_or_not_there(tmp_path: Path) -> None:
     place = tmp_path / "new" / "result"
     fetch(place, b"wrong", b"right")
-    assert place.read_bytes() == b"right"
+    assert place.read_bytes() == b"right" and place.stat().st_mode & 0o777 == 0o640
     for damaged in (b"wrong", b"righ", b"right!", b""):
         with pytest.raises(KflexError, match="damaged, twice"):
             fetch(place, damaged, damaged)
@@ -349,6 +358,28 @@ def test_a_password_lets_in_or_does_not(door: int, monkeypatch: pytest.MonkeyPat
         with pytest.raises(KflexError, match="login as ann refused") as caught:
             ssh.Link(ssh.Target("db1", target.addresses, "ann", password=password))
         assert "barley" not in str(caught.value)
+
+
+def test_a_password_is_never_shown() -> None:
+    asking = (
+        "from kflex_repro.remote import ssh; t = ssh.Target('db1', (('db1', 22),), 'ann');"
+        "print('got', len(ssh.ask_password(t)))"
+    )
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(TOP)
+        os.execv(sys.executable, [sys.executable, "-c", asking])
+    said = b""
+    try:
+        while b"got 11" not in said:
+            assert select.select([terminal], [], [], 30)[0], said
+            said += os.read(terminal, 1024)
+            if said.endswith(b"password of ann on db1: "):
+                os.write(terminal, b"open sesame\n")
+    finally:
+        os.close(terminal)
+        os.waitpid(pid, 0)
+    assert b"sesame" not in said
 
 
 # --- many hosts -------------------------------------------------------------------------------------------
