@@ -70,7 +70,8 @@ def remotely(new: Sequence[str] = (), **outputs: Callable[[], str] | None) -> Ca
     """Give a click command --host and --hosts.
 
     ``outputs``: its parameters that name a file or directory to write, and what each is when it is not given
-    (None: then nothing is written). They are written there and fetched; those in ``new`` replace no file. Put it above ``@click.command``.
+    (None: then nothing is written). They are written there and fetched; those in ``new`` replace no file.
+    Put it above ``@click.command``.
     """
 
     def decorate(command: C) -> C:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from tests.conftest import require
+from tests.redis.harness import plain_server
 from tests.remote.sshd import Host
 
 
@@ -39,6 +40,18 @@ def test_files_are_fetched_and_named_as_here(there: Host, here: Path) -> None:
     assert png.read_bytes().startswith(b"\x89PNG") and png.read_bytes().rstrip().endswith(b"IEND\xaeB`\x82")
     assert f"chart: {png}" in ran.stderr and "kflex-remote-" not in ran.stderr
     assert [one.name for one in here.iterdir()] == ["chart.png"]
+
+
+def test_a_recording_is_fetched_as_private_as_it_is_there(there: Host, here: Path) -> None:
+    require("tp_btf")
+    with plain_server() as sut:
+        ran = there.run(
+            "monitor", "--port", str(sut.port), "--duration", "0.3", "--record", here / "busy.kmon"
+        )
+    assert ran.returncode == 0, ran.stderr
+    assert (here / "busy.kmon").stat().st_mode & 0o777 == 0o600
+    replayed = there.run("monitor", "replay", here / "busy.kmon", host=False, toolkit=False)
+    assert replayed.returncode == 0, replayed.stderr
 
 
 def test_a_directory_of_results_is_fetched(there: Host, here: Path) -> None:
