@@ -196,16 +196,16 @@ def _one(target: Target, chosen: Chosen, wanted: Wanted) -> int:
 
     worker = _Worker(target, request, raw if window else named(out.write, out), named(err.write, err))
     console = Console(stderr=True, highlight=False)
-    status = console.status(f"{target.name}: connecting")
+    status = console.status(Text(f"{target.name}: connecting"))
 
     def tick() -> None:
         if worker.state == "running":
             status.stop()  # from here on the command itself says how it goes
         else:
-            status.update(f"{target.name}: {worker.state}")
+            status.update(Text(f"{target.name}: {worker.state}"))
 
     def say(line: str) -> None:
-        console.print(f"{target.name}: {line}")
+        console.print(Text(f"{target.name}: {line}"))
 
     if console.is_terminal:
         status.start()
@@ -270,15 +270,17 @@ def _many(targets: Sequence[Target], chosen: Chosen, wanted: Wanted) -> int:
             _made(mine)
             outputs = {name: mine / (there.name or name) for name, (_, there) in wanted.outputs.items()}
             _places(outputs, wanted)
-            out = files.enter_context((mine / ("output.json" if wanted.as_json else "output.txt")).open("wb"))
-            err = files.enter_context((mine / "messages.txt").open("wb"))
+            out = files.enter_context(
+                (mine / ("output.json" if wanted.as_json else "output.txt")).open("wb", buffering=0)
+            )
+            err = files.enter_context((mine / "messages.txt").open("wb", buffering=0))
             workers.append(_Worker(target, _request(chosen, wanted, outputs, None), out.write, err.write))
         for worker in workers:
             worker.start()
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
-            TextColumn("{task.fields[state]}"),
+            TextColumn("{task.fields[state]}", markup=False),
             TimeElapsedColumn(),
         )
         console = Console(stderr=True, highlight=False)

@@ -217,10 +217,12 @@ class Host:
             timeout=120,
         )
 
-    def popen(self, *words: str | Path, stdout: int = subprocess.PIPE) -> subprocess.Popen[bytes]:
+    def popen(
+        self, *words: str | Path, stdout: int = subprocess.PIPE, host: bool = True
+    ) -> subprocess.Popen[bytes]:
         """Start it here."""
         return subprocess.Popen(
-            self.command(*words),
+            self.command(*words, host=host),
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=subprocess.PIPE,

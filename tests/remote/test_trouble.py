@@ -8,6 +8,7 @@ import json
 import os
 import select
 import signal
+import socket
 import struct
 import subprocess
 import termios
@@ -189,6 +190,47 @@ def test_a_second_ctrl_c_does_not_wait_for_the_result(there: Host, redis: Sut) -
         assert process.wait(30) == 130
         # The agent kills what does not end.
         eventually(lambda: gone(pid), 20, "the process there has ended")
+
+
+def test_ctrl_c_on_many_hosts_ends_each_and_fetches(there: Host, redis: Sut, here: Path) -> None:
+    inventory = here / "hosts.toml"
+    inventory.write_text(
+        "".join(
+            f'[server.{name}]\naddresses = ["127.0.0.1:{there.port}"]\nuser = "root"\n' for name in ("a", "b")
+        )
+    )
+    words = ("--interval", "0.1", "--hosts", inventory, "--results", here / "out")
+    process = there.popen("monitor", "--port", str(redis.port), "--json", *words, host=False)
+    try:
+        outputs = [here / "out" / name / "output.json" for name in ("a", "b")]
+        eventually(
+            lambda: all(one.exists() and one.stat().st_size for one in outputs), 30, "both say something"
+        )
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert [row["exit"] for row in json.loads(out)["hosts"]] == [0, 0]
+        for one in outputs:
+            assert json.loads(one.read_text().splitlines()[-1])["type"] == "summary"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_ctrl_c_while_nobody_answers(there: Host) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        name = f"root@127.0.0.1:{silent.getsockname()[1]}"
+        process = there.popen(*LIST, "--host", name, host=False)
+        try:
+            connection, _ = silent.accept()
+            with connection:
+                assert connection.recv(64).startswith(b"SSH-2.0-")
+                process.send_signal(signal.SIGINT)
+                _, err = process.communicate(timeout=30)
+            assert (process.returncode, err.strip()) == (130, b"kflex-repro: interrupted")
+        finally:
+            process.kill()
+            process.communicate()
 
 
 # --- hosts that cannot ------------------------------------------------------------------------------------
