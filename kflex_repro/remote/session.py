@@ -23,7 +23,7 @@ from kflex_repro.remote.frames import Garbage
 from kflex_repro.remote.ssh import TRIES, Link
 
 _CHUNK = 1 << 16
-_LOST = (OSError, EOFError, paramiko.SSHException)
+_LOST = (OSError, EOFError, paramiko.SSHException, paramiko.SFTPError)
 
 # Where the toolkit is looked for, without --remote-command.
 _PLACES = ("kflex-repro", "$HOME/kflex-repro/.venv/bin/kflex-repro", "/opt/kflex-repro/.venv/bin/kflex-repro")

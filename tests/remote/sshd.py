@@ -241,13 +241,10 @@ def host(base: Path, prefix: Sequence[str] = (), user: str = "root") -> Iterator
     """A running one."""
     if not shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin"):
         unavailable("no sshd: scripts/setup --tests installs it")
-    made = not PRIVILEGE_SEPARATION.exists()
+    # It stays until the next boot, as the system's own does: another run may be using it.
     PRIVILEGE_SEPARATION.mkdir(mode=0o755, exist_ok=True)
     one = Host(base, prefix, user=user)
     try:
         yield one.start()
     finally:
         one.stop()
-        if made:
-            with contextlib.suppress(OSError):
-                PRIVILEGE_SEPARATION.rmdir()
