@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import select
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,15 +72,17 @@ def by_port(port: int) -> list[Process]:
 
     Nobody is asked: it works for a server that is busy, wants a password, or is no Redis.
     """
-    inodes = _listening(port)
-    if not inodes:
+    if port not in listening().values():
         pids = netns.listeners_elsewhere(port)
-        there = f"in another network namespace: {' or '.join(f'--pid {pid}' for pid in pids[:4])}"
+        names = " or ".join(f"--pid {pid}" for pid in pids[:4])
         raise KflexError(
-            "nothing listens there", f"port {port}", there if pids else "give another --port, or --pid"
+            "nothing listens there",
+            f"port {port}",
+            f"something in another network namespace (a container?) does: {names}"
+            if pids
+            else "give another --port, or --pid",
         )
-    wanted = {f"socket:[{inode}]" for inode in inodes}
-    found = sorted({pid for pid, link in _descriptors() if link in wanted})
+    found = owners(port)
     if not found:
         raise KflexError(
             "cannot see whose socket that is",
@@ -90,29 +92,42 @@ def by_port(port: int) -> list[Process]:
     return [by_pid(pid) for pid in found]
 
 
-def _listening(port: int) -> set[str]:
-    inodes = set()
+def listening(pid: int | None = None) -> dict[str, int]:
+    """Inode -> TCP port of everything that listens in the network namespace of ``pid`` (None: in ours)."""
+    found: dict[str, int] = {}
     for name in ("tcp", "tcp6"):
-        try:
-            lines = Path(f"/proc/net/{name}").read_text().splitlines()[1:]
-        except OSError:
-            continue
-        for fields in (line.split() for line in lines):
-            if fields[3] == _TCP_LISTEN and int(fields[1].rpartition(":")[2], 16) == port:
-                inodes.add(fields[9])
-    return inodes
+        with contextlib.suppress(OSError):
+            lines = Path(f"/proc/{pid or 'self'}/net/{name}").read_text().splitlines()[1:]
+            for fields in (line.split() for line in lines):
+                if fields[3] == _TCP_LISTEN:
+                    found[fields[9]] = int(fields[1].rpartition(":")[2], 16)
+    return found
 
 
-def _descriptors() -> Iterator[tuple[int, str]]:
-    """(pid, what the descriptor is) of every descriptor that we may see."""
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            for link in (entry / "fd").iterdir():
-                yield int(entry.name), str(link.readlink())
-        except OSError:
-            continue
+def sockets(pid: int) -> set[str]:
+    """Inodes of a process's sockets. OSError where it is gone, or may not be looked at."""
+    found = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            if match := re.fullmatch(r"socket:\[(\d+)\]", str(entry.readlink())):
+                found.add(match.group(1))
+    return found
+
+
+def everyone() -> list[int]:
+    """The pids of all processes, lowest first."""
+    return sorted(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
+
+
+def owners(port: int) -> list[int]:
+    """The processes that listen on ``port`` in our network namespace, as far as we may look at them."""
+    wanted = {inode for inode, known in listening().items() if known == port}
+    found = []
+    for pid in everyone() if wanted else ():
+        with contextlib.suppress(OSError):
+            if sockets(pid) & wanted:
+                found.append(pid)
+    return found
 
 
 def need_host_pids() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import socket
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,10 +10,10 @@ from pathlib import Path
 
 from kflex_repro.errors import KflexError
 from kflex_repro.offload import netns
+from kflex_repro.probe import process
 
 # The name of the program, or what it calls itself; Debian's redis-server is a link to redis-check-rdb.
 _NAMES = frozenset({"redis-server", "redis-check-rdb", "redis-sentinel", "valkey-server", "keydb-server"})
-_LISTEN = "0A"
 _ASK_S = 2.0
 
 
@@ -32,27 +31,6 @@ class Server:
     def label(self) -> str:
         """``redis-server :6379 (pid 812)``."""
         return f"{self.name} :{self.port} (pid {self.pid})"
-
-
-def _sockets(pid: int) -> set[str]:
-    found = set()
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):
-            if match := re.fullmatch(r"socket:\[(\d+)\]", str(entry.readlink())):
-                found.add(match.group(1))
-    return found
-
-
-def _listening(pid: int) -> dict[str, int]:
-    """Inode -> port of everything that listens in the network namespace of ``pid``."""
-    found: dict[str, int] = {}
-    for name in ("tcp", "tcp6"):
-        with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{pid}/net/{name}").read_text().splitlines()[1:]:
-                row = line.split()
-                if row[3] == _LISTEN:
-                    found[row[9]] = int(row[1].rpartition(":")[2], 16)
-    return found
 
 
 def _unix_listening(pid: int) -> set[str]:
@@ -79,8 +57,8 @@ def _name(pid: int) -> str:
 
 def _ports(pid: int) -> list[int]:
     """What the process itself listens on, lowest first."""
-    mine = _sockets(pid)
-    return sorted({port for inode, port in _listening(pid).items() if inode in mine})
+    mine = process.sockets(pid)
+    return sorted({port for inode, port in process.listening(pid).items() if inode in mine})
 
 
 def _speaks_redis(port: int, where: netns.Namespace) -> bool:
@@ -107,7 +85,7 @@ def _server(pid: int, port: int) -> Server:
             "monitor",
             "give the --port or --pid of a redis-server",
         )
-    return Server(port, pid, where.inode, name, bool(_unix_listening(pid) & _sockets(pid)))
+    return Server(port, pid, where.inode, name, bool(_unix_listening(pid) & process.sockets(pid)))
 
 
 def by_pid(pid: int) -> list[Server]:
@@ -126,48 +104,15 @@ def by_pid(pid: int) -> list[Server]:
     return [_server(pid, port) for port in ports]
 
 
-def owner(port: int) -> int | None:
-    """The process in our network namespace that listens on ``port``; None if there is none."""
-    wanted = {inode for inode, known in _listening_here().items() if known == port}
-    if not wanted:
-        return None
-    for pid in _processes():
-        with contextlib.suppress(OSError):
-            if _sockets(pid) & wanted:
-                return pid
-    return None
-
-
-def _listening_here() -> dict[str, int]:
-    import os
-
-    return _listening(os.getpid())
-
-
-def _processes() -> Iterable[int]:
-    return sorted(int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit())
-
-
 def by_port(port: int) -> Server:
     """The server that listens on ``port`` of this host."""
-    pid = owner(port)
-    if pid is None:
-        elsewhere = netns.listeners_elsewhere(port)
-        names = " or ".join(f"--pid {one}" for one in elsewhere[:4])
-        raise KflexError(
-            "nothing listens there",
-            f"port {port}",
-            f"something in another network namespace (a container?) does: {names}"
-            if elsewhere
-            else "start redis-server, or give its --port",
-        )
-    return _server(pid, port)
+    return _server(process.by_port(port)[0].pid, port)
 
 
 def everything() -> list[Server]:
     """Every server whose program we know by name."""
     found: list[Server] = []
-    for pid in _processes():
+    for pid in process.everyone():
         with contextlib.suppress(OSError, KflexError):
             if _name(pid) in _NAMES:
                 found += by_pid(pid)
