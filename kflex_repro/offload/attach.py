@@ -260,6 +260,8 @@ def _give_to(pin_dir: Path, owner: os.stat_result) -> None:
     """The server's user may open what it has mapped anyway: after a crash its successor must."""
     for name in ("ctl", "heap", "ring"):
         os.chown(pin_dir / name, owner.st_uid, owner.st_gid)
+    if owner.st_uid != 0:
+        places.open_to_others(pin_dir.parent)
 
 
 def _fill(

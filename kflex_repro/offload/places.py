@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,10 @@ from kflex_repro.errors import KflexError
 
 _NAME = "kflex"
 # A directory here says that we mounted bpffs, so that the last stop can take it away again.
-MOUNTED = "mounted-by-kflex"
+_MOUNTED = "mounted-by-kflex"
+# One here says that bpffs was root's alone (systemd mounts it so) before open_to_others().
+_SHUT = "shut-to-others"
+MARKERS = frozenset({_MOUNTED, _SHUT})
 # What the kernel itself puts into every fresh bpffs (kernel/bpf/preload).
 _PRELOADED = frozenset({"maps.debug", "progs.debug"})
 
@@ -34,20 +38,34 @@ def _enter() -> Path:
     with contextlib.suppress(FileExistsError):
         place.mkdir()
     if ours:
-        (place / MOUNTED).mkdir()
+        (place / _MOUNTED).mkdir()
     return place
 
 
 def leave_root(place: Path) -> None:
     """Remove our directory when it is empty, and the mount if it was ours and nobody else uses it."""
-    if not place.exists() or any(path.name != MOUNTED for path in place.iterdir()):
+    if not place.exists() or any(path.name not in MARKERS for path in place.iterdir()):
         return
-    ours = (place / MOUNTED).exists()
+    if (place / _SHUT).exists():
+        place.parent.chmod(stat.S_IMODE(place.parent.stat().st_mode) & ~stat.S_IXOTH)
+        (place / _SHUT).rmdir()
+    ours = (place / _MOUNTED).exists()
     if ours:
-        (place / MOUNTED).rmdir()
+        (place / _MOUNTED).rmdir()
     place.rmdir()
     if ours and all(path.name in _PRELOADED for path in place.parent.iterdir()):
         ctypes.CDLL(None).umount2(os.fsencode(place.parent), 2)  # MNT_DETACH: our own lock still holds it
+
+
+def open_to_others(place: Path) -> None:
+    """Let other users pass through bpffs, to what is theirs in it; the last stop undoes it.
+
+    A server that is not root's must reach its table after a crash. Pins are their owner's alone, as ever.
+    """
+    mode = stat.S_IMODE(place.parent.stat().st_mode)
+    if not mode & stat.S_IXOTH:
+        (place / _SHUT).mkdir(exist_ok=True)
+        place.parent.chmod(mode | stat.S_IXOTH)
 
 
 @contextlib.contextmanager

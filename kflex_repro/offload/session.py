@@ -494,7 +494,7 @@ def attached() -> list[Session]:
     root = places.root()
     if root is None or not root.exists():
         return []
-    pinned = [path for path in sorted(root.iterdir()) if path.name != places.MOUNTED and path.is_dir()]
+    pinned = [path for path in sorted(root.iterdir()) if path.name not in places.MARKERS and path.is_dir()]
     if not pinned:
         return []
     known = layouts()

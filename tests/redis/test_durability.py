@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from typing import Any
 
 import pytest
 
+from kflex_repro.bpf import fs
 from kflex_repro.errors import KflexError
 from tests.conftest import unavailable
 from tests.redis.durability import (
@@ -622,8 +624,25 @@ def home() -> Iterator[Path]:
         yield Path(made)
 
 
+@contextlib.contextmanager
+def bpffs_of(mode: int) -> Iterator[None]:
+    """bpffs with this mode, afterwards as it was; it must be found again with this mode."""
+    mounted = fs.bpffs_root()
+    root = mounted or fs.ensure_bpffs()
+    before = stat.S_IMODE(root.stat().st_mode)
+    root.chmod(mode)
+    try:
+        yield
+        assert stat.S_IMODE(root.stat().st_mode) == mode
+    finally:
+        root.chmod(before)
+        if mounted is None:
+            subprocess.run(["umount", root], check=True)
+
+
 @only_offloaded
-def test_the_server_as_another_user(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("mode", [0o1777, 0o700], ids=["bpffs for all", "bpffs as systemd mounts it"])
+def test_the_server_as_another_user(home: Path, monkeypatch: pytest.MonkeyPatch, mode: int) -> None:
     """redis-server seldom runs as root: it recovers all the same."""
     from kflex_repro import build
     from kflex_repro.redis.server import redis_binary
@@ -642,7 +661,7 @@ def test_the_server_as_another_user(home: Path, monkeypatch: pytest.MonkeyPatch)
     )
     starter.chmod(0o755)
     monkeypatch.setenv("KFLEX_REDIS_SERVER", str(starter))
-    with rig(module=module, dir=data) as r:
+    with bpffs_of(mode), rig(module=module, dir=data) as r:
         assert Path(f"/proc/{r.server.pid}").stat().st_uid == 65534
         must = crashed_with_leftovers(r)
         r.restart()
