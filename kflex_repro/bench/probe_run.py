@@ -28,6 +28,7 @@ from kflex_repro.bench.probe_plan import (
     read_study,
     schedule,
 )
+from kflex_repro.bench.result import make_directory
 from kflex_repro.bench.run import calm_exit, host_facts, uninterrupted
 from kflex_repro.errors import KflexError, Unavailable
 from kflex_repro.files import write_atomically
@@ -343,15 +344,7 @@ class Run:
         """
         from kflex_repro.bench.probe_report import write_report
 
-        fresh = not self.plan.out.exists()
-        try:
-            self.plan.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise KflexError(
-                f"cannot create the results directory, {error.strerror}",
-                str(self.plan.out),
-                "choose another --out",
-            ) from error
+        fresh = make_directory(self.plan.out)
         try:
             self._step(0.0, "looking at the machine")
             self._host = host_facts()

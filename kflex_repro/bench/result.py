@@ -26,6 +26,18 @@ SIDE_FIGURES = ("rps", "p50_ms", "p99_ms", "p999_ms", "server_cpu_us_per_op", "s
 RATIO_FIGURES = ("rps", "p99", "server_cpu", "system_cpu")
 
 
+def make_directory(out: Path) -> bool:
+    """Make the directory of a run's results: whether it was not there. KflexError where it cannot be made."""
+    fresh = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KflexError(
+            f"cannot create the results directory, {error.strerror}", str(out), "choose another --out"
+        ) from error
+    return fresh
+
+
 def _figure(value: Figure | None) -> dict[str, Any] | None:
     return None if value is None else value.to_json()
 

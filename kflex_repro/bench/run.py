@@ -19,7 +19,7 @@ from kflex_repro.bench.bed import Bed, attached_bed, own_bed, parse_host_port
 from kflex_repro.bench.load import redis_benchmark_binary
 from kflex_repro.bench.pair import Runner, measure
 from kflex_repro.bench.report import write_report
-from kflex_repro.bench.result import Result, ScenarioResult, write_result
+from kflex_repro.bench.result import Result, ScenarioResult, make_directory, write_result
 from kflex_repro.bench.scenario import Scenario, estimate, load_scenarios, select
 from kflex_repro.errors import KflexError, Unavailable
 
@@ -214,15 +214,7 @@ class Run:
         return self.result()
 
     def _make_out(self) -> None:
-        self._made_out = not self.plan.out.exists()
-        try:
-            self.plan.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise KflexError(
-                f"cannot create the results directory, {error.strerror}",
-                str(self.plan.out),
-                "choose another --out",
-            ) from error
+        self._made_out = make_directory(self.plan.out)
 
     def _unmake_out(self) -> None:
         """A run that completed nothing leaves nothing."""
