@@ -9,14 +9,15 @@ from __future__ import annotations
 import ctypes
 import json
 import subprocess
-import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from kflex_repro import build
-from kflex_repro.bpf import Link, Object, fs, libbpf
+from kflex_repro.bpf import Link, Object, fs
+from kflex_repro.bpf.maps import possible_cpus
 from kflex_repro.build import cache, toolchain
 from kflex_repro.build.objects import source_root
 from kflex_repro.errors import KflexError, os_failure
@@ -54,25 +55,16 @@ def with_tracefs(work: Callable[[], T]) -> T:
     """
     if TRACEFS in fs.mounts("tracefs"):
         return work()
-    done: list[T] = []
-    failed: list[BaseException] = []
 
-    def run() -> None:
-        try:
-            libc = ctypes.CDLL(None, use_errno=True)
-            if libc.unshare(_CLONE_NEWNS) or libc.mount(b"none", b"/", None, _MS_REC_PRIVATE, None):
-                raise os_failure("a mount namespace for tracefs", ctypes.get_errno())
-            fs.mount("tracefs", TRACEFS)
-            done.append(work())
-        except BaseException as error:
-            failed.append(error)
+    def run() -> T:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.unshare(_CLONE_NEWNS) or libc.mount(b"none", b"/", None, _MS_REC_PRIVATE, None):
+            raise os_failure("a mount namespace for tracefs", ctypes.get_errno())
+        fs.mount("tracefs", TRACEFS)
+        return work()
 
-    thread = threading.Thread(target=run, name="tracefs")
-    thread.start()
-    thread.join()
-    if failed:
-        raise failed[0]
-    return done[0]
+    with ThreadPoolExecutor(1, "tracefs") as thread:
+        return thread.submit(run).result()
 
 
 def _reader() -> Path:
@@ -98,7 +90,7 @@ class OldMonitor:
         self._object = Object.open(build.ensure(only=_OBJECT).object(_OBJECT))
         try:
             self._object.set_rodata(target=pid)
-            self._object.maps["events"].set_max_entries(libbpf.library().libbpf_num_possible_cpus())
+            self._object.maps["events"].set_max_entries(possible_cpus())
             self._object.load()
             self._listen()
             with_tracefs(self._attach)

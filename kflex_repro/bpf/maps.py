@@ -178,7 +178,7 @@ class Map:
         return key
 
     def _value_buffer(self) -> c.Array[c.c_char]:
-        size = self.stride * _possible_cpus() if self.per_cpu else self.value_size
+        size = self.stride * possible_cpus() if self.per_cpu else self.value_size
         return c.create_string_buffer(size)
 
     def _values(self, buffer: c.Array[c.c_char]) -> bytes | list[bytes]:
@@ -212,7 +212,7 @@ class Map:
                 raise KflexError("a per-CPU map takes one value for each possible CPU", self.name)
         else:
             data = b"".join(item.ljust(self.stride, b"\0") for item in value)
-            expected = self.stride * _possible_cpus()
+            expected = self.stride * possible_cpus()
         if len(data) != expected:
             raise KflexError(f"a value of {len(data)} bytes, the map takes {expected}", self.name)
         result = libbpf.library().bpf_map_update_elem(self.fd, self._key(key), data, flags)
@@ -284,5 +284,6 @@ class Map:
             self._pin = None
 
 
-def _possible_cpus() -> int:
+def possible_cpus() -> int:
+    """The CPUs that may ever be there: a per-CPU map has a value for each."""
     return check(libbpf.library().libbpf_num_possible_cpus(), "libbpf_num_possible_cpus")

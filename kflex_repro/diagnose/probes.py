@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kflex_repro import host
+from kflex_repro import host, memory
 from kflex_repro.bpf import btf, fs
 from kflex_repro.build.objects import KERNEL_BTF
 from kflex_repro.diagnose import attempt, trace
@@ -87,7 +87,7 @@ def here() -> Mapping[str, int | str]:
     facts: dict[str, int | str] = dict(_of_files())
     facts["kernel"] = platform.release()
     facts["arch"] = platform.machine()
-    facts["va_bits"] = search.va_bits()
+    facts["va_bits"] = memory.va_bits()
     limit = memory_limit()
     if limit is not None:
         facts["memory_limit"], facts["memory_limit_path"] = limit[0], str(limit[1])

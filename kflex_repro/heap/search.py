@@ -140,11 +140,6 @@ def task_size(bits: int) -> int:
     return platform(str(bits)).task_size
 
 
-def va_bits() -> int:
-    """Bits of user address space here, measured with mmap."""
-    return memory.va_bits()
-
-
 def mappings() -> list[range]:
     """This process's mappings, by /proc/self/maps."""
     spans = (line.split(None, 1)[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())

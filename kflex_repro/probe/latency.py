@@ -13,6 +13,7 @@ from typing import Any
 
 from kflex_repro import build
 from kflex_repro.bpf import Link, Object, btf, libbpf
+from kflex_repro.bpf.maps import possible_cpus
 from kflex_repro.errors import KflexError, Unavailable
 from kflex_repro.probe.targets import Server
 
@@ -250,7 +251,7 @@ class Probe:
         maps["texts"].set_max_entries(texts)
         if options.events:
             maps["ring"].set_max_entries(options.ring_bytes)
-        slots = _MAX_BYTES // (maps["commands"].value_size * libbpf.library().libbpf_num_possible_cpus())
+        slots = _MAX_BYTES // (maps["commands"].value_size * possible_cpus())
         self._slots = max(32, min(slots, self._constants["KFLEX_LAT_SLOTS"]))
         maps["commands"].set_max_entries(self._slots)
         if self.kind == "syscalls":

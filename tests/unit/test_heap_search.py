@@ -173,7 +173,7 @@ def test_the_end_of_user_space_is_measured() -> None:
     assert memory.try_map(end - memory.PAGE, memory.PAGE) in (0, errno.EEXIST)
     assert memory.try_map(end, memory.PAGE) == errno.ENOMEM
     assert end <= 1 << memory.va_bits() < 2 * end
-    assert search.here().task_size == end == search.task_size(search.va_bits())
+    assert search.here().task_size == end == search.task_size(memory.va_bits())
 
 
 # -- on paper --
