@@ -8,10 +8,11 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-from kflex_repro.build import cache, toolchain
+from kflex_repro.build import cache, packages, toolchain
+from kflex_repro.build.packages import Report
 from kflex_repro.errors import KflexError, Unavailable
 
 # The long-term kernel whose libbpf (1.5) we know; where the distribution has another, its newest.
@@ -21,8 +22,6 @@ _KIND = "libbpf"
 _TRACED_KIND = "libbpf-traced"
 _TRACE_RECIPE = "libbpf-trace"
 _PARTS = ("tools/lib", "tools/include", "tools/scripts", "tools/build", "tools/arch", "scripts/bpf_doc.py")
-
-Report = Callable[[str], None]
 
 
 def system_version(name: str = "libbpf.so.1") -> tuple[int, int] | None:
@@ -59,32 +58,7 @@ def source_package() -> tuple[str, str]:
         raise Unavailable("no linux-source package is known to apt", "", "run apt-get update first")
     newest = max(found, key=lambda name: [int(part) for part in re.findall(r"\d+", name)])
     name = PREFERRED if PREFERRED in found else newest
-    policy = toolchain.output(["apt-cache", "policy", name])
-    match = re.search(r"Candidate: (\S+)", policy)
-    if match is None or match.group(1) == "(none)":
-        raise Unavailable(f"apt has no version of {name}", "", "run apt-get update first")
-    return name, match.group(1)
-
-
-def _fetch(name: str, version: str, runner: toolchain.Runner, log: Path, report: Report) -> Path:
-    """The package file, downloaded once; a damaged one is fetched again."""
-    place, _ = cache.obtain(
-        "downloads",
-        cache.digest([name, version]),
-        lambda out: _download(out, name, version, runner, log, report),
-    )
-    return next(place.glob("*.deb"))
-
-
-def _download(
-    out: Path, name: str, version: str, runner: toolchain.Runner, log: Path, report: Report
-) -> None:
-    report(f"downloading {name} {version} (about 150 MB)")
-    runner.run(
-        "the download of the kernel source", ["apt-get", "download", f"{name}={version}"], log, cwd=out
-    )
-    if not list(out.glob("*.deb")):
-        raise toolchain.BuildError("the download of the kernel source", "apt-get left no package file", log)
+    return name, packages.demand(name)
 
 
 def _unpack(package: Path, name: str, out: Path, runner: toolchain.Runner, log: Path) -> None:
@@ -116,7 +90,7 @@ def sources(
 
     def unpack(out: Path) -> None:
         log = toolchain.log_path("libbpf-sources", key)
-        package = _fetch(name, version, runner, log, report)
+        package = packages.fetch(name, version, runner, log, report)
         report("unpacking tools/lib/bpf")
         _unpack(package, name, out, runner, log)
 

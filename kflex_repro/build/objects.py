@@ -85,16 +85,17 @@ def _tree(*paths: Path) -> list[bytes]:
     return parts
 
 
-def vmlinux(runner: toolchain.Runner, force: bool = False) -> Step:
-    """vmlinux.h of the running kernel, keyed by the hash of its BTF."""
-    if not KERNEL_BTF.exists():
+def vmlinux(runner: toolchain.Runner, force: bool = False, btf: Path | None = None) -> Step:
+    """vmlinux.h of the running kernel, or of another one's ``btf``, keyed by the hash of the BTF."""
+    btf = btf or KERNEL_BTF
+    if not btf.exists():
         raise Unavailable(
             "the kernel has no BTF",
-            str(KERNEL_BTF),
+            str(btf),
             "boot a kernel with CONFIG_DEBUG_INFO_BTF=y (distribution's)",
         )
     started = time.monotonic()
-    key = cache.digest([_FORMAT, cache.file_digest(KERNEL_BTF)])
+    key = cache.digest([_FORMAT, cache.file_digest(btf)])
     log: Path | None = None
 
     def build(out: Path) -> None:
@@ -105,7 +106,7 @@ def vmlinux(runner: toolchain.Runner, force: bool = False) -> Step:
             "btf",
             "dump",
             "file",
-            KERNEL_BTF,
+            btf,
             "format",
             "c",
         ]
@@ -206,12 +207,14 @@ def ensure(
     force: bool = False,
     jobs: int | None = None,
     libbpf: Path | None = None,
+    btf: Path | None = None,
     report: Report = _ignore,
 ) -> Built:
     """Build what is not in the cache yet, in parallel, and say where everything is.
 
     ``defines`` are extra -D for objects and module alike (a variant of its own in the cache); ``only`` an
-    object's name or ``kflex.so``; ``libbpf`` a directory with include/bpf of another libbpf than the system.
+    object's name or ``kflex.so``; ``libbpf`` a directory with include/bpf of another libbpf than the system;
+    ``btf`` the BTF of another kernel than the running one.
     BuildError for a failed step, Unavailable for a missing tool.
     """
     defines = dict(defines or {})
@@ -232,7 +235,7 @@ def ensure(
         report(name, "built" if done.built else "cached", done.seconds)
         return done
 
-    header = step("vmlinux.h", lambda: vmlinux(runner, force)) if only != MODULE else None
+    header = step("vmlinux.h", lambda: vmlinux(runner, force, btf)) if only != MODULE else None
     pool = ThreadPoolExecutor(max_workers=jobs or os.cpu_count() or 1)
     futures: dict[str, Future[Step]] = {}
     try:
