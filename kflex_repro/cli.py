@@ -42,6 +42,7 @@ _LAZY = {
         "kflex_repro.run.cli:run",
         "Run the KFlex artifact, where the kernel can; say what its modes serve.",
     ),
+    "vm": ("kflex_repro.vm.cli:group", "Run a command, or a shell, as root in a small virtual machine."),
     "trace": ("kflex_repro.probe.trace_cli:group", "Count system calls and function calls of a process."),
 }
 

@@ -1,0 +1,1 @@
+"""Small virtual machines: the distribution's kernels, booted in QEMU, running a command as root."""

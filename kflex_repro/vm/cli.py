@@ -1,0 +1,225 @@
+"""``kflex-repro vm``: parse, call, print."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+
+from kflex_repro.errors import KflexError
+
+_UNITS = {"": 1 << 20, "M": 1 << 20, "G": 1 << 30}
+
+
+class _Size(click.ParamType):
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)([MG]?)i?B?", str(value), re.I)
+        if match is None:
+            self.fail(f"{value!r} is no size such as 2G or 768M", param, ctx)
+        size = int(float(match.group(1)) * _UNITS[match.group(2).upper()])
+        if not 256 << 20 <= size <= 1 << 40:
+            self.fail(f"{value} is not between 256M and 1T", param, ctx)
+        return size & ~((1 << 20) - 1)
+
+
+def _variable(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> Mapping[str, str]:
+    found = {}
+    for value in values:
+        name, sign, text = value.partition("=")
+        if not sign or not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise click.BadParameter(f"{value!r} is not NAME=VALUE")
+        found[name] = text
+    return found
+
+
+def _options(command: Any) -> Any:
+    """What every guest is asked with."""
+    for option in reversed(
+        (
+            click.option(
+                "--kernel",
+                default="stock",
+                show_default=True,
+                metavar="SPEC",
+                help="stock (the distribution's 6.12), a series as 6.1, or the path of a bzImage, a .deb, a "
+                "kernel's build tree, or what build --kernel made.",
+            ),
+            click.option("--mem", "memory", type=_Size(), default="2G", show_default=True, help="Memory."),
+            click.option(
+                "--smp", "cpus", type=click.IntRange(1, 64), default=2, show_default=True, help="CPUs."
+            ),
+            click.option(
+                "--accel",
+                type=click.Choice(["auto", "kvm", "tcg"]),
+                default="auto",
+                show_default=True,
+                help="KVM, or emulation (TCG: 10 to 30 times slower); auto tries KVM.",
+            ),
+            click.option(
+                "--root",
+                type=click.Choice(["auto", "virtiofs", "image"]),
+                default="auto",
+                show_default=True,
+                help="The guest's files: the host's own root, read-only (virtiofs; needs root), or an image "
+                "made of the host's packages. What the guest writes stays in the guest.",
+            ),
+            click.option(
+                "--env",
+                "env",
+                multiple=True,
+                metavar="NAME=VALUE",
+                callback=_variable,
+                help="A variable for the command (repeatable).",
+            ),
+            click.option(
+                "--objects",
+                is_flag=True,
+                help="First build, here, the BPF objects for that kernel: kflex-repro in the guest then "
+                "finds them in the cache.",
+            ),
+        )
+    ):
+        command = option(command)
+    return command
+
+
+@click.group()
+def group() -> None:
+    """Small virtual machines: run a command as root on the distribution's stock 6.12 kernel, or another one.
+
+    Nothing is installed, and nothing stays: no process, mount, image or socket, however it ends.
+    """
+
+
+def _note(line: str) -> None:
+    print(f"kflex-repro: {line}", file=sys.stderr, flush=True)
+
+
+def _write(stream: Any) -> Any:
+    def write(data: bytes) -> None:
+        stream.buffer.write(data)
+        stream.buffer.flush()
+
+    return write
+
+
+@group.command("run", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@_options
+@click.option(
+    "--timeout",
+    type=click.FloatRange(5, 86400),
+    default=600,
+    show_default=True,
+    metavar="S",
+    help="Seconds after which the guest is ended, whatever it does.",
+)
+@click.option(
+    "--out",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Where files that the command writes to $KFLEX_OUT go [results/<UTC time>-vm, if there are any].",
+)
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def run_command(
+    kernel: str,
+    memory: int,
+    cpus: int,
+    accel: str,
+    root: str,
+    env: Mapping[str, str],
+    objects: bool,
+    timeout: float,
+    out: Path | None,
+    command: tuple[str, ...],
+) -> None:
+    """Run COMMAND as root in a guest, in the same directory; its output is streamed, its exit status is ours.
+
+    \b
+    kflex-repro vm run -- uname -a
+    kflex-repro vm run --kernel 6.1 --objects -- kflex-repro doctor
+    kflex-repro vm run --out files -- sh -c 'dmesg > $KFLEX_OUT/dmesg'
+    """
+    from kflex_repro.vm import run
+
+    request = run.Request(
+        command=_as_here(command),
+        kernel=kernel,
+        memory=memory,
+        cpus=cpus,
+        accel=accel,
+        timeout=timeout,
+        root=root,  # type: ignore[arg-type]
+        cwd=Path.cwd(),
+        env=env,
+        out=out or Path("results") / time.strftime("%Y%m%d-%H%M%S-vm", time.gmtime()),
+    )
+    if objects:
+        _objects(kernel)
+    fresh = request.out is not None and not request.out.exists()
+    outcome = run.run(request, _write(sys.stdout), _write(sys.stderr), _note)
+    if outcome.files:
+        _note(f"{len(outcome.files)} files of $KFLEX_OUT are in {request.out}")
+    elif fresh and out is None and request.out is not None:
+        request.out.rmdir()
+        if not any(request.out.parent.iterdir()):
+            request.out.parent.rmdir()
+    sys.exit(outcome.status)
+
+
+def _as_here(command: tuple[str, ...]) -> tuple[str, ...]:
+    """``kflex-repro`` is the one that runs, wherever it is installed."""
+    if command[0] in ("kflex-repro", "python"):
+        return (sys.executable, *(("-m", "kflex_repro") if command[0] == "kflex-repro" else ()), *command[1:])
+    return command
+
+
+def _objects(kernel: str) -> None:
+    from kflex_repro.vm import kernels, run
+
+    errors = Console(stderr=True)
+    with errors.status("BPF objects for the guest"):
+        run.prepare(kernels.find(kernel, _note), _note)
+
+
+@group.command("shell")
+@_options
+def shell(
+    kernel: str,
+    memory: int,
+    cpus: int,
+    accel: str,
+    root: str,
+    env: Mapping[str, str],
+    objects: bool,
+) -> None:
+    """A shell as root in a guest, in the same directory. `exit` ends the guest; so does Ctrl-], always."""
+    from kflex_repro.vm import run, terminal
+
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise KflexError("vm shell wants a terminal", "standard input or output is none", "use vm run")
+    if objects:
+        _objects(kernel)
+    size = os.get_terminal_size()
+    names = {"TERM": os.environ.get("TERM", "vt100"), "LINES": str(size.lines), "COLUMNS": str(size.columns)}
+    request = run.Request(
+        command=("/bin/bash", "-i"),
+        kernel=kernel,
+        memory=memory,
+        cpus=cpus,
+        accel=accel,
+        timeout=86400,
+        root=root,  # type: ignore[arg-type]
+        cwd=Path.cwd(),
+        env={**names, **env},
+    )
+    sys.exit(terminal.shell(request, _note))

@@ -1,0 +1,172 @@
+"""What a guest boots into: an initramfs of busybox, the script init.sh, the modules it needs; and its disks.
+
+Per-run parts are memory files and unnamed files: nothing of them can be left behind.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from kflex_repro.build import cache
+from kflex_repro.errors import KflexError, Unavailable
+from kflex_repro.vm.kernels import Kernel, busybox
+
+_KIND = "vm-boot"
+_MODULES_KIND = "vm-modules"
+_FORMAT = "1"
+# What init.sh loads before it can mount anything; those that a kernel has built in are not there as files.
+_EARLY = ("nvme", "ext4", "virtio_pci", "virtiofs", "overlay")
+_MKE2FS = ("-q", "-F", "-t", "ext4", "-E", "lazy_itable_init=1,lazy_journal_init=1", "-O", "^has_journal")
+
+
+def mke2fs() -> str:
+    """mke2fs of e2fsprogs 1.43 or newer (-d); Unavailable where there is none."""
+    found = shutil.which("mke2fs", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
+    if found is None:
+        raise Unavailable("no mke2fs found", "", "apt install e2fsprogs")
+    return found
+
+
+def _early_modules(modules: Path) -> list[Path]:
+    """The files of the early modules, each after those it depends on."""
+    needs: dict[str, list[str]] = {}
+    for line in (modules / "modules.dep").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        needs[name] = rest.split()
+    names = {re.sub(r"\.ko.*", "", Path(name).name).replace("-", "_"): name for name in needs}
+    found: dict[str, None] = {}
+
+    def add(name: str) -> None:
+        for one in needs[name]:
+            if one not in found:
+                add(one)
+        found.setdefault(name)
+
+    for early in _EARLY:
+        if early in names:
+            add(names[early])
+    return [modules / name for name in found]
+
+
+def _cpio(tree: Path) -> bytes:
+    """``tree`` as a newc archive (Documentation/driver-api/early-userspace/buffer-format.rst)."""
+    names = [".", *(str(path.relative_to(tree)) for path in sorted(tree.rglob("*")))]
+    done = subprocess.run(
+        [busybox(), "cpio", "-o", "-H", "newc", "-R", "0:0"],
+        check=False,
+        cwd=tree,
+        input="\n".join(names).encode(),
+        capture_output=True,
+    )
+    if done.returncode != 0:
+        raise KflexError("busybox makes no cpio archive", done.stderr.decode(errors="replace"))
+    return done.stdout
+
+
+def boot_archive(kernel: Kernel) -> Path:
+    """The part of the initramfs that is the same for all runs of a kernel, in the cache."""
+    box, script = Path(busybox()), Path(__file__).parent / "init.sh"
+    modules = _early_modules(kernel.modules) if kernel.modules else []
+    key = cache.digest([_FORMAT, cache.file_digest(box), script.read_bytes(), *map(str, modules)])
+
+    def make(out: Path) -> None:
+        if not _static(box):
+            raise Unavailable("busybox is not statically linked", str(box), "apt install busybox-static")
+        with tempfile.TemporaryDirectory(dir=out) as work:
+            tree = Path(work)
+            for name in ("bin", "dev", "proc", "sys", "modules", "new", "low"):
+                (tree / name).mkdir()
+            shutil.copy(box, tree / "bin" / "busybox")
+            (tree / "bin" / "sh").symlink_to("busybox")
+            shutil.copy(script, tree / "init")
+            (tree / "init").chmod(0o755)
+            for at, module in enumerate(modules):
+                shutil.copy(module, tree / "modules" / f"{at:02}-{module.name}")
+            data = _cpio(tree)
+        (out / "boot.cpio").write_bytes(data)
+
+    place, _ = cache.obtain(_KIND, key, make)
+    return place / "boot.cpio"
+
+
+def _static(program: Path) -> bool:
+    from elftools.elf.elffile import ELFFile
+
+    with program.open("rb") as stream:
+        return all(segment["p_type"] != "PT_INTERP" for segment in ELFFile(stream).iter_segments())
+
+
+def initramfs(kernel: Kernel, files: Mapping[str, str]) -> int:
+    """The whole initramfs of a run, as a memory file: ``files`` (names to texts) lie in its /job."""
+    base = boot_archive(kernel)
+    with tempfile.TemporaryDirectory(prefix="kflex-vm-") as work:
+        job = Path(work) / "job"
+        job.mkdir()
+        for name, text in files.items():
+            (job / name).write_text(text)
+        more = _cpio(Path(work))
+    fd = os.memfd_create("kflex-initramfs")
+    with os.fdopen(os.dup(fd), "wb") as stream:
+        stream.write(base.read_bytes())
+        stream.write(b"\0" * (-stream.tell() % 4))
+        stream.write(more)
+    return fd
+
+
+def modules_disk(kernel: Kernel) -> Path | None:
+    """An ext4 image of the kernel's modules, in the cache; None for a kernel without."""
+    modules = kernel.modules
+    if modules is None:
+        return None
+    size = sum(path.stat().st_size for path in modules.rglob("*") if path.is_file() and not path.is_symlink())
+
+    def make(out: Path) -> None:
+        file_system(out / "modules.img", size * 5 // 4 + (32 << 20), modules)
+
+    place, _ = cache.obtain(_MODULES_KIND, cache.digest([_FORMAT, kernel.key]), make)
+    return place / "modules.img"
+
+
+def file_system(path: Path, size: int, tree: Path | None = None) -> None:
+    """Make an ext4 file system of ``size`` bytes (sparse) in a file, with a copy of ``tree``."""
+    content = ["-d", str(tree)] if tree else []
+    _mke2fs([*_MKE2FS, *content, str(path), f"{size >> 10}k"], ())
+
+
+def _mke2fs(arguments: list[str], fds: tuple[int, ...]) -> None:
+    done = subprocess.run(
+        [mke2fs(), *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        pass_fds=fds,
+        stdin=subprocess.DEVNULL,
+    )
+    if done.returncode != 0:
+        reason = " | ".join(done.stderr.strip().splitlines()[-2:])
+        raise KflexError("mke2fs cannot make the guest's disk", reason, "is the cache's disk full?")
+
+
+def unnamed(size: int) -> int:
+    """A sparse file of ``size`` bytes without a name, beside the cache: gone with its last descriptor."""
+    try:
+        fd = os.open(cache.root(), os.O_TMPFILE | os.O_RDWR, 0o600)
+    except OSError:
+        # Not every file system has O_TMPFILE.
+        fd, name = tempfile.mkstemp(dir=cache.root(), prefix=".vm-")
+        Path(name).unlink()
+    os.truncate(fd, size)
+    return fd
+
+
+def scratch(size: int) -> int:
+    """A writable ext4 disk, without a name."""
+    fd = unnamed(size)
+    _mke2fs([*_MKE2FS, f"/proc/self/fd/{fd}", f"{size >> 10}k"], (fd,))
+    return fd
