@@ -244,7 +244,7 @@ class _Guest:
         disks.append(qemu.Disk("scratch", self._keep(image.scratch(_SCRATCH))))
         if (modules := image.modules_disk(self._kernel)) is not None:
             disks.append(qemu.Disk("modules", self._keep(_open(modules)), readonly=True))
-        lower = []
+        lower: list[str] = []
         if self._root == "image":
             raise KflexError("a guest needs the host's root for now", "", "sudo")
         return tuple(disks), tuple(lower)
