@@ -34,6 +34,7 @@ disk() {
     return 1
 }
 kind=$($b cat /job/kind)
+out=$(disk out)
 root=
 if [ "$kind" != none ]; then
     root=/new
@@ -58,9 +59,9 @@ if [ "$kind" != none ]; then
         fail "the overlay cannot be mounted"
     for name in dev proc sys run tmp; do $b mkdir -p "/new/$name"; done
     $b mount -t tmpfs -o mode=755 tmpfs /new/run
-    $b mkdir -p /new/run/lock /new/run/kflex-vm/bin
-    $b mount --bind /low/scratch/tmp /new/tmp
-    $b mkdir -p /new/run/kflex-vm/out
+    $b mkdir -p /new/run/lock /new/run/kflex-vm/bin /new/run/kflex-vm/tmp /new/run/kflex-vm/out
+    # Not over /tmp: the checkout, or the cache, may be in the host's.
+    $b mount --bind /low/scratch/tmp /new/run/kflex-vm/tmp
     $b mount --bind /low/scratch/out /new/run/kflex-vm/out
     if modules=$(disk modules); then
         release=$($b uname -r)
@@ -76,11 +77,6 @@ else
     $b mkdir -p /run/kflex-vm/out
     $b cp -r /job /run/kflex-vm/job
 fi
-out=$(b=/bin/busybox; for block in "$root"/sys/block/nvme*; do
-    serial=
-    [ ! -e "$block/device/serial" ] || read -r serial <"$block/device/serial"
-    [ "$serial" != out ] || $b echo "/dev/${block##*/}"
-done)
 $b cat >"$root/run/kflex-vm/main" <<'MAIN'
 b=/run/kflex-vm/bin/busybox
 [ -x $b ] || b=/bin/busybox
@@ -99,6 +95,7 @@ mountpoint tracefs /sys/kernel/tracing
 mountpoint debugfs /sys/kernel/debug
 mountpoint securityfs /sys/kernel/security
 $b ip link set lo up 2>/dev/null
+ulimit -Hn 524288 2>/dev/null && ulimit -Sn 524288 2>/dev/null
 $b hostname kflex-vm
 $b echo 4096 >/proc/sys/net/core/somaxconn 2>/dev/null
 # busybox's shell takes its own applets for the commands of these names: the host's shell does not.

@@ -168,7 +168,7 @@ def _root(wanted: Root, note: Note) -> str:
 
 def _job(request: Request, root: str, disks: tuple[str, ...]) -> dict[str, str]:
     """The files that init.sh reads."""
-    env = {"PATH": _PATH, "HOME": "/root", "LANG": "C.UTF-8", "TMPDIR": "/tmp", **request.env}
+    env = {"PATH": _PATH, "HOME": "/root", "LANG": "C.UTF-8", "TMPDIR": "/run/kflex-vm/tmp", **request.env}
     env.setdefault("KFLEX_CACHE", str(cache.root()))
     lines = [f"export {name}={shlex.quote(value)}" for name, value in env.items()]
     where = shlex.quote(str(request.cwd or "/"))
@@ -338,12 +338,13 @@ class _Guest:
         """Unpack what the guest left on its "out" disk."""
         if self._request.out is None:
             return ()
+        # QEMU's descriptor and ours share the position.
+        os.lseek(self._out, 0, os.SEEK_SET)
         with (
             os.fdopen(os.dup(self._out), "rb") as stream,
             contextlib.suppress(tarfile.ReadError),  # an empty disk: the guest wrote nothing
             tarfile.open(fileobj=stream, mode="r:") as archive,
         ):
-            stream.seek(0)
             members = [one for one in archive.getmembers() if one.name != "."]
             archive.extractall(self._request.out, members=members, filter="data")
             return tuple(one.name.removeprefix("./") for one in members if one.isfile())
