@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import platform
 import re
-import shutil
 import struct
 import subprocess
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from kflex_repro.build import cache, packages, toolchain
 from kflex_repro.errors import KflexError, Unavailable
+from kflex_repro.vm import busybox
 
 STOCK = "stock"
 # The long-term series that "stock" is, where the distribution has it; its newest otherwise.
@@ -184,19 +184,11 @@ def _plain(modules: Path, runner: toolchain.Runner, log: Path) -> None:
             runner.run("the kernel's modules", [*command, *files[at : at + 256]], log)
 
 
-def busybox() -> str:
-    """A statically linked busybox; Unavailable where there is none."""
-    found = shutil.which("busybox")
-    if found is None:
-        raise Unavailable("no busybox found", "", "apt install busybox-static")
-    return found
-
-
 def index(root: Path, release: str) -> None:
     """Write modules.dep and its companions, as depmod does."""
     with contextlib.suppress(OSError):
         done = subprocess.run(
-            [busybox(), "depmod", "-b", str(root), release], check=False, capture_output=True, text=True
+            [busybox.path(), "depmod", "-b", str(root), release], check=False, capture_output=True, text=True
         )
         if done.returncode == 0:
             return
