@@ -12,8 +12,11 @@ from typing import Any
 
 import click
 from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn
+from rich.progress import Progress as ProgressBar
 
 from kflex_repro.errors import KflexError
+from kflex_repro.vm.rootfs import Progress
 
 _UNITS = {"": 1 << 20, "M": 1 << 20, "G": 1 << 30}
 
@@ -71,8 +74,16 @@ def _options(command: Any) -> Any:
                 type=click.Choice(["auto", "virtiofs", "image"]),
                 default="auto",
                 show_default=True,
-                help="The guest's files: the host's own root, read-only (virtiofs; needs root), or an image "
-                "made of the host's packages. What the guest writes stays in the guest.",
+                help="The guest's files: the host's own root, read-only (virtiofs; as much of it as you may "
+                "read), or an image made of the host's packages and this checkout; auto takes what works. "
+                "What the guest writes stays in the guest.",
+            ),
+            click.option(
+                "--take",
+                multiple=True,
+                type=click.Path(exists=True, path_type=Path),
+                metavar="PATH",
+                help="Also into the image: a file or a directory (repeatable).",
             ),
             click.option(
                 "--env",
@@ -137,6 +148,7 @@ def run_command(
     accel: str,
     root: str,
     env: Mapping[str, str],
+    take: tuple[Path, ...],
     objects: bool,
     timeout: float,
     out: Path | None,
@@ -160,20 +172,39 @@ def run_command(
         timeout=timeout,
         root=root,  # type: ignore[arg-type]
         cwd=Path.cwd(),
+        take=take,
         env=env,
         out=out or Path("results") / time.strftime("%Y%m%d-%H%M%S-vm", time.gmtime()),
     )
     if objects:
         _objects(kernel)
-    fresh = request.out is not None and not request.out.exists()
-    outcome = run.run(request, _write(sys.stdout), _write(sys.stderr), _note)
+    outcome = run.run(request, _write(sys.stdout), _write(sys.stderr), _note, progress=progress())
     if outcome.files:
         _note(f"{len(outcome.files)} files of $KFLEX_OUT are in {request.out}")
-    elif fresh and out is None and request.out is not None:
-        request.out.rmdir()
-        if not any(request.out.parent.iterdir()):
-            request.out.parent.rmdir()
     sys.exit(outcome.status)
+
+
+def progress() -> Progress:
+    """What shows the making of a guest's root: a bar while it lasts, or a line where there is no terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
+    bars: dict[str, tuple[ProgressBar, TaskID]] = {}
+
+    def show(name: str, done: int, total: int) -> None:
+        title = f"making the guest's root, {name}"
+        if name not in bars:
+            bar = ProgressBar(*columns, console=console, transient=True, disable=not console.is_terminal)
+            bars[name] = bar, bar.add_task(title, total=total)
+            bar.start()
+            if not console.is_terminal:
+                _note(f"{title}: {total / 1e6:.0f} MB")
+        bar, task = bars[name]
+        bar.update(task, completed=done)
+        if done == total:
+            # What comes next on the terminal is the guest's.
+            bar.stop()
+
+    return show
 
 
 def _as_here(command: tuple[str, ...]) -> tuple[str, ...]:
@@ -200,10 +231,11 @@ def shell(
     accel: str,
     root: str,
     env: Mapping[str, str],
+    take: tuple[Path, ...],
     objects: bool,
 ) -> None:
     """A shell as root in a guest, in the same directory. `exit` ends the guest; so does Ctrl-], always."""
-    from kflex_repro.vm import run, terminal
+    from kflex_repro.vm import kernels, run, terminal
 
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise KflexError("vm shell wants a terminal", "standard input or output is none", "use vm run")
@@ -220,6 +252,9 @@ def shell(
         timeout=86400,
         root=root,  # type: ignore[arg-type]
         cwd=Path.cwd(),
+        take=take,
         env={**names, **env},
     )
+    # While the terminal is still this one's.
+    run.layers(request, kernels.find(kernel, _note), progress())
     sys.exit(terminal.shell(request, _note))

@@ -7,31 +7,23 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from kflex_repro.build import cache
-from kflex_repro.errors import KflexError, Unavailable
-from kflex_repro.vm import busybox
+from kflex_repro.errors import KflexError
+from kflex_repro.vm import busybox, ext4
 from kflex_repro.vm.kernels import Kernel
 
 _KIND = "vm-boot"
 _MODULES_KIND = "vm-modules"
-_FORMAT = "1"
+_FORMAT = "2"
 # What init.sh loads before it can mount anything; those that a kernel has built in are not there as files.
 _EARLY = ("nvme", "ext4", "virtio_pci", "virtiofs", "overlay")
 _MKE2FS = ("-q", "-F", "-t", "ext4", "-E", "lazy_itable_init=1,lazy_journal_init=1", "-O", "^has_journal")
-
-
-def mke2fs() -> str:
-    """mke2fs of e2fsprogs 1.43 or newer (-d); Unavailable where there is none."""
-    found = shutil.which("mke2fs", path=os.environ.get("PATH", os.defpath) + ":/usr/sbin:/sbin")
-    if found is None:
-        raise Unavailable("no mke2fs found", "", "apt install e2fsprogs")
-    return found
 
 
 def _early_modules(modules: Path) -> list[Path]:
@@ -55,19 +47,18 @@ def _early_modules(modules: Path) -> list[Path]:
     return [modules / name for name in found]
 
 
-def _cpio(tree: Path) -> bytes:
-    """``tree`` as a newc archive (Documentation/driver-api/early-userspace/buffer-format.rst)."""
-    names = [".", *(str(path.relative_to(tree)) for path in sorted(tree.rglob("*")))]
-    done = subprocess.run(
-        [busybox.path(), "cpio", "-o", "-H", "newc", "-R", "0:0"],
-        check=False,
-        cwd=tree,
-        input="\n".join(names).encode(),
-        capture_output=True,
-    )
-    if done.returncode != 0:
-        raise KflexError("busybox makes no cpio archive", done.stderr.decode(errors="replace"))
-    return done.stdout
+def _newc(files: Mapping[str, tuple[int, bytes]]) -> bytes:
+    """An archive of names, each with a mode and a content (Documentation/driver-api/early-userspace/
+    buffer-format.rst). Written here, as what makes it from files would leave them behind if it were killed.
+    """
+    archive = bytearray()
+    for inode, (name, (mode, data)) in enumerate({**files, "TRAILER!!!": (0, b"")}.items(), 1):
+        path = name.encode() + b"\0"
+        fields = (inode, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(path), 0)
+        archive += b"070701" + b"".join(b"%08X" % one for one in fields) + path
+        archive += bytes(-len(archive) % 4) + data
+        archive += bytes(-len(archive) % 4)
+    return bytes(archive)
 
 
 def boot_archive(kernel: Kernel) -> Path:
@@ -77,18 +68,14 @@ def boot_archive(kernel: Kernel) -> Path:
     key = cache.digest([_FORMAT, cache.file_digest(box), script.read_bytes(), *map(str, modules)])
 
     def make(out: Path) -> None:
-        with tempfile.TemporaryDirectory(dir=out) as work:
-            tree = Path(work)
-            for name in ("bin", "dev", "proc", "sys", "modules", "new", "low"):
-                (tree / name).mkdir()
-            shutil.copy(box, tree / "bin" / "busybox")
-            (tree / "bin" / "sh").symlink_to("busybox")
-            shutil.copy(script, tree / "init")
-            (tree / "init").chmod(0o755)
-            for at, module in enumerate(modules):
-                shutil.copy(module, tree / "modules" / f"{at:02}-{module.name}")
-            data = _cpio(tree)
-        (out / "boot.cpio").write_bytes(data)
+        names = ("bin", "dev", "proc", "sys", "modules", "new", "low")
+        files = dict.fromkeys(names, (stat.S_IFDIR | 493, b""))
+        files["bin/busybox"] = (stat.S_IFREG | 0o755, box.read_bytes())
+        files["bin/sh"] = (stat.S_IFLNK | 0o777, b"busybox")
+        files["init"] = (stat.S_IFREG | 0o755, script.read_bytes())
+        for at, module in enumerate(modules):
+            files[f"modules/{at:02}-{module.name}"] = (stat.S_IFREG | 0o644, module.read_bytes())
+        (out / "boot.cpio").write_bytes(_newc(files))
 
     place, _ = cache.obtain(_KIND, key, make)
     return place / "boot.cpio"
@@ -97,17 +84,11 @@ def boot_archive(kernel: Kernel) -> Path:
 def initramfs(kernel: Kernel, files: Mapping[str, str]) -> int:
     """The whole initramfs of a run, as a memory file: ``files`` (names to texts) lie in its /job."""
     base = boot_archive(kernel)
-    with tempfile.TemporaryDirectory(prefix="kflex-vm-") as work:
-        job = Path(work) / "job"
-        job.mkdir()
-        for name, text in files.items():
-            (job / name).write_text(text)
-        more = _cpio(Path(work))
+    job = {f"job/{name}": (stat.S_IFREG | 0o644, text.encode()) for name, text in files.items()}
     fd = os.memfd_create("kflex-initramfs")
     with os.fdopen(os.dup(fd), "wb") as stream:
         stream.write(base.read_bytes())
-        stream.write(b"\0" * (-stream.tell() % 4))
-        stream.write(more)
+        stream.write(_newc({"job": (stat.S_IFDIR | 0o755, b""), **job}))
     return fd
 
 
@@ -133,7 +114,7 @@ def file_system(path: Path, size: int, tree: Path | None = None) -> None:
 
 def _mke2fs(arguments: list[str], fds: tuple[int, ...]) -> None:
     done = subprocess.run(
-        [mke2fs(), *arguments],
+        [ext4.program("mke2fs"), *arguments],
         check=False,
         capture_output=True,
         text=True,

@@ -8,6 +8,7 @@ of it stays.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import re
 import shutil
@@ -104,7 +105,7 @@ def _kvm_reason() -> str:
     return f"{KVM} may not be opened"
 
 
-def _dies_with_us(read_only: bool) -> Callable[[], None]:
+def _dies_with_us() -> Callable[[], None]:
     """What a child does before it becomes another program."""
     parent = os.getpid()
 
@@ -112,14 +113,45 @@ def _dies_with_us(read_only: bool) -> Callable[[], None]:
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
+
+    return prepare
+
+
+def _with_own_mounts() -> Callable[[], None]:
+    """The same, for the file server."""
+    prepare = _dies_with_us()
+
+    def confine() -> None:
+        prepare()
         # What is shared with a guest must not be writable for it, though it is root there. Without
         # CAP_SYS_ADMIN the guest's own read-only mount is all there is.
-        if read_only and _libc.unshare(_CLONE_NEWNS) == 0:
+        if _libc.unshare(_CLONE_NEWNS) == 0:
             _libc.mount(b"none", b"/", None, _MS_REC_PRIVATE, None)
             attributes = (ctypes.c_uint64 * 4)(_MOUNT_ATTR_RDONLY, 0, 0, 0)
             _libc.syscall(_MOUNT_SETATTR, -100, b"/", _AT_RECURSIVE, ctypes.byref(attributes), 32)
 
-    return prepare
+    return confine
+
+
+@functools.cache
+def can_share() -> bool:
+    """Whether the host's root can be shared with a guest: a file server is there, and may do what it must.
+
+    An ordinary user's virtiofsd would work in a user namespace, but not below an overlay: that opens files
+    with O_NOATIME, which only their owner may.
+    """
+    if file_server() is None or os.geteuid() != 0:
+        return False
+
+    def attempt() -> None:
+        os.chroot("/")
+        os.close(os.open("/bin/sh", os.O_RDONLY | os.O_NOATIME))
+
+    try:
+        # Containers may lack CAP_SYS_CHROOT or CAP_FOWNER. In a child: a change of root is for good.
+        return subprocess.run(["true"], preexec_fn=attempt, check=False).returncode == 0
+    except (OSError, subprocess.SubprocessError):
+        return False
 
 
 class Machine:
@@ -212,12 +244,15 @@ class Machine:
                 if rust
                 else ["-o", "source=/", "-o", "sandbox=chroot", "-o", "cache=always", "-o", "log_level=err"]
             )
-            self._spawn([path, f"--fd={listener.fileno()}", *options], [listener.fileno()], read_only=True)
+            command = [path, f"--fd={listener.fileno()}", *options]
+            self._spawn(command, [listener.fileno()], _with_own_mounts())
             connection = socket.socket(socket.AF_UNIX)
             connection.connect(listener.getsockname())
         return connection
 
-    def _spawn(self, command: Sequence[str], fds: Sequence[int], read_only: bool = False) -> None:
+    def _spawn(
+        self, command: Sequence[str], fds: Sequence[int], prepare: Callable[[], None] | None = None
+    ) -> None:
         try:
             self._children.append(
                 subprocess.Popen(
@@ -227,7 +262,7 @@ class Machine:
                     stderr=self._errors,
                     pass_fds=fds,
                     # setpriv --pdeathsig leaves a gap: it does not look whether the parent is gone already.
-                    preexec_fn=_dies_with_us(read_only),  # noqa: PLW1509
+                    preexec_fn=prepare or _dies_with_us(),  # noqa: PLW1509
                     # Ctrl-C is for us: we take them down in order.
                     start_new_session=True,
                 )

@@ -1,5 +1,5 @@
 """A guest's root file system from this host's files, made without root: for where the guest cannot be given
-the host's own root (virtiofs wants root, or a user namespace).
+the host's own root (virtiofs wants root).
 
 Three ext4 images in the cache, stacked by overlayfs in the guest. They change at different paces: the
 packages that the toolkit runs on; the Python that runs us, where it is no package, and its libraries; our
@@ -418,9 +418,11 @@ def _prune(kind: Path, keep: int) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def images(
-    entries: Sequence[Path] = (), progress: Progress = lambda _what, _done, _all: None
-) -> tuple[Path, ...]:
+def quiet(_name: str, _done: int, _total: int) -> None:
+    """No progress."""
+
+
+def images(entries: Sequence[Path] = (), progress: Progress = quiet) -> tuple[Path, ...]:
     """The images for a guest, uppermost first, as overlayfs takes its lower directories.
 
     ``entries`` are files and directories to take along besides the sources: those of the cache that the guest

@@ -8,6 +8,7 @@ import re
 import select
 import selectors
 import shlex
+import shutil
 import socket
 import tarfile
 import time
@@ -17,8 +18,8 @@ from pathlib import Path
 from typing import Literal
 
 from kflex_repro.build import cache, objects
-from kflex_repro.errors import KflexError
-from kflex_repro.vm import image, kernels, keyboard, qemu
+from kflex_repro.errors import KflexError, Unavailable
+from kflex_repro.vm import image, kernels, keyboard, qemu, rootfs
 from kflex_repro.vm.kernels import Kernel
 
 Root = Literal["auto", "virtiofs", "image", "none"]
@@ -31,6 +32,7 @@ _OUT = 4 << 30
 # Until the guest's init says so (s). KVM on a host that has it takes one; TCG three, on two quiet cores.
 _BOOT_SECONDS = {"kvm": 40.0, "tcg": 180.0}
 _KEPT_LOGS = 20
+_BTF_KIND = "vm-btf"
 _TAIL = 6
 _OOPS = re.compile(rb"Kernel panic|Oops:|BUG: unable to handle|kernel BUG at|general protection fault")
 _APPEND = "console=ttyS0 8250.nr_uarts=4 panic=-1 mitigations=off random.trust_cpu=on"
@@ -48,8 +50,8 @@ def _drop(_data: bytes) -> None:
 @dataclass(frozen=True)
 class Request:
     """A command and the guest it wants. ``memory`` in bytes, ``timeout`` in s over all; ``out`` takes the
-    files that the command wrote to $KFLEX_OUT. ``root``: "virtiofs" the host's (needs root), "image" one
-    made of the host's packages, "none" only busybox.
+    files that the command wrote to $KFLEX_OUT. ``root``: "virtiofs" the host's own, "image" one made of the
+    host's packages, our sources and the files and directories of ``take``; "none" only busybox.
     """
 
     command: tuple[str, ...]
@@ -62,6 +64,7 @@ class Request:
     cwd: Path | None = None
     env: Mapping[str, str] = field(default_factory=dict)
     out: Path | None = None
+    take: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def btf(kernel: Kernel, note: Note = _nothing, accel: str = "auto") -> Path:
         if _run(request, kernel, note=note).status != 0 or not (out / "vmlinux").exists():
             raise KflexError("the kernel has no BTF", kernel.release, "use one with CONFIG_DEBUG_INFO_BTF=y")
 
-    place, _ = cache.obtain("vm-btf", kernel.key, make)
+    place, _ = cache.obtain(_BTF_KIND, kernel.key, make)
     return place / "vmlinux"
 
 
@@ -116,12 +119,14 @@ def run(
     stderr: Sink = _drop,
     note: Note = _nothing,
     keyboard: Callable[[], bytes] | None = None,
+    progress: rootfs.Progress = rootfs.quiet,
 ) -> Outcome:
     """Boot, run, power off. KflexError in one line for a guest that panics, hangs or never comes up.
 
     With a ``keyboard`` (it blocks for what is typed; b"" is the end) the command has a terminal.
     """
-    return _run(request, kernels.find(request.kernel, note), stdout, stderr, note, keyboard)
+    kernel = kernels.find(request.kernel, note)
+    return _run(request, kernel, stdout, stderr, note, keyboard, progress)
 
 
 def _run(
@@ -131,18 +136,19 @@ def _run(
     stderr: Sink = _drop,
     note: Note = _nothing,
     keyboard: Callable[[], bytes] | None = None,
+    progress: rootfs.Progress = rootfs.quiet,
 ) -> Outcome:
     qemu.program()
-    root = _root(request.root, note)
-    if request.out is not None:
-        request.out.mkdir(parents=True, exist_ok=True)
+    root, disks = _root(request.root), layers(request, kernel, progress)
+    if root == "image" and request.cwd and not _taken(request.cwd, request.take):
+        note(f"the guest has an image for its root, without the files of {request.cwd} (--take . adds them)")
     tries = [*qemu.accelerators(request.accel, note)]
     deadline = time.monotonic() + request.timeout
     again = True
     while True:
         accel = tries[0]
         try:
-            with _Guest(request, kernel, root, accel, keyboard) as guest:
+            with _Guest(request, kernel, root, disks, accel, keyboard) as guest:
                 return guest.run(deadline, stdout, stderr)
         except GuestError as error:
             if not error.early or time.monotonic() > deadline - 1:
@@ -158,12 +164,38 @@ def _run(
                 raise
 
 
-def _root(wanted: Root, note: Note) -> str:
-    if wanted != "auto":
-        return wanted
-    if os.geteuid() == 0 and qemu.file_server():
-        return "virtiofs"
-    return "image"
+def _root(wanted: Root) -> str:
+    if wanted == "virtiofs" and not qemu.can_share():
+        raise Unavailable(
+            "the host's root cannot be shared with a guest",
+            "not root, or a container's without CAP_SYS_CHROOT" if qemu.file_server() else "no virtiofsd",
+            "--root image" if qemu.file_server() else "apt install qemu-system-common (or virtiofsd)",
+        )
+    if wanted == "auto":
+        return "virtiofs" if qemu.can_share() else "image"
+    return wanted
+
+
+def _taken(directory: Path, take: tuple[Path, ...]) -> bool:
+    return any(
+        directory.resolve().is_relative_to(place.resolve()) for place in (objects.source_root(), *take)
+    )
+
+
+def layers(request: Request, kernel: Kernel, progress: rootfs.Progress = rootfs.quiet) -> tuple[Path, ...]:
+    """The images that the guest's root is made of, the uppermost first; none where it is not of images."""
+    if _root(request.root) != "image":
+        return ()
+    return rootfs.images((*_objects(kernel), *request.take), progress)
+
+
+def _objects(kernel: Kernel) -> list[Path]:
+    """The cache's entries for guests of this kernel, if it was prepared."""
+    known = cache.root() / _BTF_KIND / kernel.key
+    if not cache.intact(known):
+        return []
+    built = objects.ensure(btf=known / "vmlinux")
+    return [known, *(step.path.parent for step in built.steps)]
 
 
 def _job(request: Request, root: str, disks: tuple[str, ...]) -> dict[str, str]:
@@ -175,7 +207,8 @@ def _job(request: Request, root: str, disks: tuple[str, ...]) -> dict[str, str]:
     if root == "none":
         command = f"exec {shlex.join(request.command)}\n"
     else:
-        command = f"cd {where} 2>/dev/null || cd /\nexec {shlex.join(request.command)}\n"
+        # An image may not have it: it is then empty.
+        command = f"mkdir -p {where} && cd {where} || cd /\nexec {shlex.join(request.command)}\n"
     return {"kind": root, "lower": " ".join(disks), "env": "\n".join(lines) + "\n", "command": command}
 
 
@@ -190,10 +223,16 @@ class _Guest:
     """One boot. Everything it opened is closed with it."""
 
     def __init__(
-        self, request: Request, kernel: Kernel, root: str, accel: str, keyboard: Callable[[], bytes] | None
+        self,
+        request: Request,
+        kernel: Kernel,
+        root: str,
+        layers: tuple[Path, ...],
+        accel: str,
+        keyboard: Callable[[], bytes] | None,
     ) -> None:
         self._request, self._kernel, self._root, self._accel = request, kernel, root, accel
-        self._keyboard = keyboard
+        self._layers, self._keyboard = layers, keyboard
         self._left = False
         self._stack = contextlib.ExitStack()
         self._console = bytearray()
@@ -244,10 +283,8 @@ class _Guest:
         disks.append(qemu.Disk("scratch", self._keep(image.scratch(_SCRATCH))))
         if (modules := image.modules_disk(self._kernel)) is not None:
             disks.append(qemu.Disk("modules", self._keep(_open(modules)), readonly=True))
-        lower: list[str] = []
-        if self._root == "image":
-            raise KflexError("a guest needs the host's root for now", "", "sudo")
-        return tuple(disks), tuple(lower)
+        disks += [qemu.Disk(layer.stem, self._keep(_open(layer)), readonly=True) for layer in self._layers]
+        return tuple(disks), tuple(layer.stem for layer in self._layers)
 
     def run(self, deadline: float, stdout: Sink, stderr: Sink) -> Outcome:
         """Until the guest is off; GuestError if it does not come to that."""
@@ -345,10 +382,26 @@ class _Guest:
             contextlib.suppress(tarfile.ReadError),  # an empty disk: the guest wrote nothing
             tarfile.open(fileobj=stream, mode="r:") as archive,
         ):
-            members = [one for one in archive.getmembers() if one.name != "."]
-            archive.extractall(self._request.out, members=members, filter="data")
-            return tuple(one.name.removeprefix("./") for one in members if one.isfile())
+            members = [one for one in archive if one.isfile()]
+            for one in members:
+                _unpack(archive, one, self._request.out)
+            return tuple(one.name.removeprefix("./") for one in members)
         return ()
+
+
+def _unpack(archive: tarfile.TarFile, member: tarfile.TarInfo, out: Path) -> None:
+    """One file below ``out``, whatever the guest calls it; not extractall(): the filters came with 3.11.4."""
+    place = out / member.name
+    if ".." in place.parts or member.name.startswith("/"):
+        raise KflexError("the guest's files leave their directory", member.name)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    content = archive.extractfile(member)
+    assert content is not None
+    # A link that lies there would be written through.
+    place.unlink(missing_ok=True)
+    with place.open("wb") as stream:
+        shutil.copyfileobj(content, stream)
+    place.chmod(0o755 if member.mode & 0o100 else 0o644)
 
 
 def _type(line: socket.socket, data: bytes) -> None:
