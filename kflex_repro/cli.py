@@ -34,6 +34,10 @@ _LAZY = {
     "doctor": ("kflex_repro.host_cli:doctor", "What this machine can do, and what is missing."),
     "fit-heap": ("kflex_repro.heap.fit_cli:fit_heap", "Fit a KFlex tree's heaps and capacities to a size."),
     "heap": ("kflex_repro.heap.cli:group", "The artifact's heap: why it can be mapped, or not."),
+    "kernel": (
+        "kflex_repro.kernel.cli:group",
+        "Install a kernel beside the distribution's, boot it once, remove it.",
+    ),
     "monitor": ("kflex_repro.probe.cli:group", "Live latencies of each command of running redis-servers."),
     "offload": ("kflex_repro.offload.cli:group", "Serve GET and SET of a redis-server in the kernel."),
     "patch": ("kflex_repro.patching.cli:group", "Recipes that make a KFlex source tree run here."),
