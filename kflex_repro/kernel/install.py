@@ -19,7 +19,7 @@ from kflex_repro.diagnose.events import size_text
 from kflex_repro.errors import KflexError
 from kflex_repro.kernel import grub, inventory
 from kflex_repro.kernel.place import Layout, Root, layout
-from kflex_repro.kernel.plan import Plan, menu_command, require_space
+from kflex_repro.kernel.plan import Plan, menu_command, refuse_existing, require_space
 from kflex_repro.kernel.record import INSTALLED, INSTALLING, REMOVING, Made, Record, Store
 from kflex_repro.kernel.source import LINKS
 from kflex_repro.patching import journal
@@ -93,6 +93,7 @@ def _host(command: list[str]) -> None:
             stderr=subprocess.STDOUT,
             text=True,
             check=False,
+            close_fds=False,
         )
     except OSError as error:
         raise KflexError(f"cannot run {command[0]}, {error.strerror}") from None
@@ -130,6 +131,8 @@ def install(plan: Plan, report: Report = _silent) -> tuple[str, ...]:
     root, store = plan.root, Store(plan.root)
     with store.locked():
         recover(root, store, report)
+        targets = [copy.target for copy in plan.copies] + [plan.modules or ""]
+        refuse_existing(root, plan.release, filter(None, targets))
         origin = str(plan.source.origin)
         record = Record(
             plan.release,

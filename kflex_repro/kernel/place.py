@@ -18,6 +18,18 @@ from kflex_repro.errors import KflexError
 _BINARIES = ("/usr/sbin", "/usr/bin", "/sbin", "/bin", "/usr/local/sbin", "/usr/local/bin")
 _ENVIRONMENT = {"PATH": ":".join(_BINARIES), "LC_ALL": "C", "HOME": "/root", "TERM": "dumb"}
 _LINKS = 40
+# In a mount namespace of their own, which goes with the program. Without it, what goes to /dev/null would be
+# a file of the tree, and what comes from there an error.
+_DEVICES = """
+[ -c "$1/null" ] || {
+    mount -t tmpfs -o mode=755 dev "$1"
+    for name in null zero full random urandom; do : >"$1/$name"; mount --bind "/dev/$name" "$1/$name"; done
+    ln -s /proc/self/fd "$1/fd"
+}
+mount -t proc proc "$2"
+shift 2
+exec "$@"
+"""
 _TOOL_S = 900.0
 
 
@@ -92,7 +104,7 @@ class Root:
 
     def run(self, command: Sequence[str]) -> str:
         """Run one of its programs in it, and only in it. KflexError with the last line it said."""
-        argv = list(command) if self.is_host else [_chroot(), str(self.path), *command]
+        argv = [*self._into(), *command]
         try:
             done = subprocess.run(
                 argv,
@@ -102,6 +114,8 @@ class Root:
                 env=_ENVIRONMENT,
                 check=False,
                 timeout=_TOOL_S,
+                # It holds the lock (record.Store), too: if we are killed, until it ends.
+                close_fds=False,
                 cwd="/",
             )
         except subprocess.TimeoutExpired:
@@ -116,13 +130,26 @@ class Root:
             raise KflexError(f"{command[0]} failed with {done.returncode}, {last.strip()}", where, hint)
         return output
 
+    def _into(self) -> list[str]:
+        """What starts a program in the system; a bare tree gets /proc and a few devices, none of a disk."""
+        if self.is_host:
+            return []
+        enter = [_tool("chroot"), str(self.path)]
+        if self.exists("/dev/null") and self.exists("/proc/self"):
+            return enter
+        places = [str(self.real(name)) for name in ("/dev", "/proc")]
+        return [
+            *(_tool("unshare"), "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child"),
+            *("sh", "-ec", _DEVICES, "sh", *places, *enter),
+        ]
+
     def shown(self, command: Sequence[str]) -> str:
         """A command as a person would type it."""
         return " ".join(command) if self.is_host else f"chroot {self.path} {' '.join(command)}"
 
 
-def _chroot() -> str:
-    return shutil.which("chroot", path=_ENVIRONMENT["PATH"]) or "chroot"
+def _tool(name: str) -> str:
+    return shutil.which(name, path=_ENVIRONMENT["PATH"]) or name
 
 
 def open_root(path: Path) -> Root:

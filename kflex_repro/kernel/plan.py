@@ -90,7 +90,8 @@ def menu_command(root: Root, place: Layout) -> tuple[str, ...] | None:
     return (program,) if program else None
 
 
-def _refuse_existing(root: Root, release: str, targets: Iterable[str], modules: str) -> None:
+def refuse_existing(root: Root, release: str, targets: Iterable[str]) -> None:
+    """KflexError where a kernel is a package's, or one of its files is there."""
     owner = inventory.owners(root).get(release)
     if owner:
         raise KflexError(
@@ -98,7 +99,7 @@ def _refuse_existing(root: Root, release: str, targets: Iterable[str], modules: 
             str(root.path),
             "build yours with another name: CONFIG_LOCALVERSION",
         )
-    for target in (*targets, modules):
+    for target in targets:
         if not root.exists(target):
             continue
         path = PurePosixPath(target)
@@ -257,8 +258,9 @@ def make(root: Root, source: Source, defer: bool = False) -> Plan:
     entry = _entry(root, place, release, wanted is not None)
     made = [copy.target for copy in copies]
     made += [entry[0]] if entry else []
-    made += [initrd] if wanted else []
-    _refuse_existing(root, release, made, modules)
+    # An interrupted installation is undone first: what it left is not in the way.
+    left_over = {item.path for item in record.made} if record else set()
+    refuse_existing(root, release, [name for name in (*made, initrd, modules) if name not in left_over])
     menu = None
     if entry is None and place.config:
         command = menu_command(root, place)

@@ -118,6 +118,8 @@ class Store:
         with stream:
             try:
                 fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Programs that we start hold it, too, and may outlive us.
+                os.set_inheritable(stream.fileno(), True)
             except BlockingIOError:
                 raise KflexError(
                     "another kflex-repro is changing this system's kernels",

@@ -6,10 +6,11 @@ import shutil
 import struct
 from pathlib import Path
 
+from kflex_repro.vm import busybox
+
 OLD = "6.1.0-40-amd64"
 NEW = "6.12.9-kflex"
 MACHINE = "0123456789abcdef0123456789abcdef"
-BUSYBOX = Path("/usr/bin/busybox")
 
 
 def bzimage(release: str, bits: int = 64, size: int = 40_000) -> bytes:
@@ -141,8 +142,9 @@ def _kernel(root: Path, release: str, initrd: str) -> None:
 
 
 def _programs(root: Path, programs: dict[str, str]) -> None:
-    (root / "bin").mkdir(parents=True, exist_ok=True)
-    shutil.copy(BUSYBOX, root / "bin/busybox")
+    for name in ("bin", "dev", "proc"):
+        (root / name).mkdir(parents=True, exist_ok=True)
+    shutil.copy(busybox.path(), root / "bin/busybox")
     for name in ("sh", "cat", "ls", "mv", "rm", "mkdir", "echo"):
         (root / "bin" / name).symlink_to("busybox")
     for name, text in programs.items():

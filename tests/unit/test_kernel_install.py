@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -23,7 +24,6 @@ from kflex_repro.kernel.place import open_root
 from kflex_repro.kernel.record import PLACE, Store
 from tests.conftest import require
 from tests.unit.kernel_trees import (
-    BUSYBOX,
     MACHINE,
     NEW,
     OLD,
@@ -56,7 +56,6 @@ def snapshot(root: Path) -> Snapshot:
 def tool_tree(root: Path, layout: str) -> Path:
     """A tree whose own programs can be run."""
     require("root")  # chroot
-    assert BUSYBOX.exists(), "package busybox-static"
     return LAYOUTS[layout](root, tools=True)
 
 
@@ -364,6 +363,48 @@ def test_a_program_that_fails_leaves_everything_as_it_was(tmp_path: Path, built:
     after = snapshot(root)
     after.pop("var/lib/initramfs-tools", None)
     assert after == before
+
+
+def test_a_program_of_a_tree_sees_no_disk_and_leaves_no_mount(tmp_path: Path) -> None:
+    root = tool_tree(tmp_path / "root", "debian")
+    before, mounts = snapshot(root), Path("/proc/self/mountinfo").read_text()
+    said = open_root(root).run(["/bin/sh", "-c", "echo /dev/* /proc/self/exe; echo x >/dev/null; echo $$"])
+    assert said.split()[:6] == [
+        f"/dev/{name}" for name in ("fd", "full", "null", "random", "urandom", "zero")
+    ]
+    assert snapshot(root) == before
+    assert str(root) not in Path("/proc/self/mountinfo").read_text() and str(root) not in mounts
+
+
+def test_a_program_that_outlives_a_killed_installation_keeps_the_next_one_out(
+    tmp_path: Path, built: Path
+) -> None:
+    root = tool_tree(tmp_path / "root", "debian")
+    os.mkfifo(root / "begun")
+    os.mkfifo(root / "go")
+    write(root / "usr/sbin/update-initramfs", "#!/bin/sh\necho >/begun\ncat /go\n", 0o755)
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            installed(root, built)
+        os._exit(0)
+    (root / "begun").read_bytes()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    try:
+        with pytest.raises(KflexError, match="another kflex-repro is changing this system's kernels"):
+            installed(root, built)
+    finally:
+        (root / "go").write_bytes(b"")
+    # It ends when it has read that; the lock says when.
+    with (root / f"{PLACE[1:]}/lock").open() as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+    assert not (root / f"boot/initrd.img-{NEW}").exists()
+    with Store(open_root(root)).locked():
+        lines = install.recover(open_root(root), Store(open_root(root)))
+    assert lines == [f"{NEW}: an interrupted installation was undone"]
+    assert not (root / f"boot/vmlinuz-{NEW}").exists()
 
 
 def test_a_menu_without_the_kernel_is_a_failure(tmp_path: Path, built: Path) -> None:
