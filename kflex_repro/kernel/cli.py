@@ -165,10 +165,13 @@ def install(
     for line in plan.left:
         click.echo(f"left to be done: {line}")
     if not dry_run:
+        from kflex_repro.kernel import inventory
+
+        if any(item.default and item.release == plan.release for item in inventory.kernels(root)):
+            click.echo("note: it is the default now (GRUB_DEFAULT in /etc/default/grub chooses)")
+        once = f"kflex-repro kernel boot-once {plan.release}"
         at = "" if root.is_host else f" --root {directory}"
-        click.echo(
-            f"{plan.release} is installed; boot it once: kflex-repro kernel boot-once {plan.release}{at}"
-        )
+        click.echo(f"{plan.release} is installed; to boot it once: {once}{at}")
 
 
 @group.command()

@@ -201,14 +201,13 @@ def _make_initramfs(plan: Plan) -> None:
     _sync(path.parent)
 
 
-def _new_menu(root: Root, command: tuple[str, ...], config: str) -> bytes:
-    """grub's configuration as its program makes it now. It writes in place, so it is given another place."""
+def _new_menu(root: Root, command: tuple[str, ...], config: str) -> tuple[bytes, str]:
+    """grub's configuration as its program makes it now, and what that said. Beside: it writes in place."""
     program = command[0]
     stage = _beside(root.real(config), _STAGE)
-    name = str(PurePosixPath(config).with_name(stage.name))
     try:
-        root.run((program, "-o", name))
-        return stage.read_bytes()
+        said = root.run((program, "-o", f"/{stage.relative_to(root.path)}"))
+        return stage.read_bytes(), said
     except FileNotFoundError:
         raise KflexError(f"{program} made no configuration", str(stage)) from None
     finally:
@@ -218,9 +217,13 @@ def _new_menu(root: Root, command: tuple[str, ...], config: str) -> bytes:
 def _make_menu(root: Root, store: Store, record: Record, command: tuple[str, ...]) -> Record:
     assert record.config is not None
     path = root.real(record.config)
-    new = _new_menu(root, command, record.config)
+    new, said = _new_menu(root, command, record.config)
     if grub.find(new.decode(errors="replace"), record.image) is None:
-        raise KflexError(f"{command[0]} made no entry for {record.image}", str(path), "look at /etc/grub.d")
+        last = said.strip().splitlines()[-3:]
+        raise KflexError(
+            f"{command[0]} made no entry for {record.image}; it said: {' | '.join(last) or 'nothing'}",
+            str(path),
+        )
     if path.exists():
         _write(store.backup(record.release), path.read_bytes(), 0o600)
     record = record.now(config_new=journal.digest(new))
@@ -328,7 +331,7 @@ def _renew_menu(root: Root, config: str, report: Report) -> tuple[str, ...]:
     if command is None or not root.runs:
         return (root.shown((*command, "-o", config)),) if command else ()
     try:
-        _write(root.real(config), _new_menu(root, (*command, "-o", config), config))
+        _write(root.real(config), _new_menu(root, command, config)[0])
     except KflexError as error:
         # The menu is right as it is, just not as the program would make it.
         report(str(error))

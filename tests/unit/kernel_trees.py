@@ -1,12 +1,20 @@
-"""Small systems to install kernels into, and small kernels to install."""
+"""Small systems to install kernels into, small kernels to install, and what is looked at."""
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import struct
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from kflex_repro.kernel import grub, install, inventory, plan, source
+from kflex_repro.kernel.place import open_root
 from kflex_repro.vm import busybox
+
+Snapshot = dict[str, object]
 
 OLD = "6.1.0-40-amd64"
 NEW = "6.12.9-kflex"
@@ -194,3 +202,69 @@ def openeuler(root: Path, tools: bool = False) -> Path:
         write(root / "usr/share/head.cfg", text.partition("### BEGIN")[0])
         _programs(root, {"grub2-mkconfig": _MKCONFIG, "dracut": _DRACUT})
     return root
+
+
+def snapshot(root: Path) -> Snapshot:
+    """Everything of a system but our own records: contents, link targets, modes."""
+    found: Snapshot = {}
+    for path in sorted(root.rglob("*")):
+        name = str(path.relative_to(root))
+        if not f"/{name}/".startswith("/var/lib/kflex-repro/") and name not in ("var", "var/lib"):
+            content = path.readlink() if path.is_symlink() else path.read_bytes() if path.is_file() else None
+            found[name] = (content, path.lstat().st_mode)
+    return found
+
+
+def installed(root: Path, built: Path, defer: bool = False) -> tuple[str, ...]:
+    return install.install(plan.make(open_root(root), source.find(built), defer))
+
+
+def killed_at(step: int, change: Callable[[], object]) -> bool:
+    """Run a change in a child that is killed before its ``step``-th touch of the disk or program; whether."""
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        count = 0
+        touches = {
+            "os.rename",
+            "os.remove",
+            "os.mkdir",
+            "os.rmdir",
+            "os.symlink",
+            "shutil.rmtree",
+            "subprocess.Popen",
+        }
+
+        def hook(event: str, args: tuple[object, ...]) -> None:
+            nonlocal count
+            writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
+            if event in touches or writes:
+                count += 1
+                if count == step:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        try:
+            sys.addaudithook(hook)
+            change()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, -signal.SIGKILL)
+    return code != 0
+
+
+def bootable(root: Path) -> bool:
+    """Whether the default entry, and every entry of the old kernel, has the files that it names."""
+    config = root / "boot/grub/grub.cfg"
+    if not config.exists():
+        entries = inventory.entry_files(open_root(root))
+        return all((root / f"boot/vmlinuz-{item.fields['version']}").exists() for item in entries)
+    text = config.read_text()
+    chosen = grub.resolve(text, grub.default(text, {}))
+    return (
+        chosen is not None
+        and (root / "boot" / chosen.image).exists()
+        and grub.find(text, f"vmlinuz-{OLD}") is not None
+        and (root / f"boot/vmlinuz-{OLD}").read_bytes() == bzimage(OLD)
+    )

@@ -19,7 +19,7 @@ import pytest
 from click.testing import CliRunner
 
 from kflex_repro.errors import KflexError
-from kflex_repro.kernel import cli, grub, install, inventory, once, plan, source
+from kflex_repro.kernel import cli, install, inventory, once, plan
 from kflex_repro.kernel.place import open_root
 from kflex_repro.kernel.record import PLACE, Store
 from tests.conftest import require
@@ -27,40 +27,28 @@ from tests.unit.kernel_trees import (
     MACHINE,
     NEW,
     OLD,
+    bootable,
     bzimage,
     debian,
     entry,
     fedora,
     grub_config,
+    installed,
+    killed_at,
     modules,
     openeuler,
     riscv_image,
+    snapshot,
     write,
 )
 
-Snapshot = dict[str, object]
 LAYOUTS = {"debian": debian, "fedora": fedora, "openeuler": openeuler}
-
-
-def snapshot(root: Path) -> Snapshot:
-    """Everything of a system but our own records: contents, link targets, modes."""
-    found: Snapshot = {}
-    for path in sorted(root.rglob("*")):
-        name = str(path.relative_to(root))
-        if not f"/{name}/".startswith("/var/lib/kflex-repro/") and name not in ("var", "var/lib"):
-            content = path.readlink() if path.is_symlink() else path.read_bytes() if path.is_file() else None
-            found[name] = (content, path.lstat().st_mode)
-    return found
 
 
 def tool_tree(root: Path, layout: str) -> Path:
     """A tree whose own programs can be run."""
     require("root")  # chroot
     return LAYOUTS[layout](root, tools=True)
-
-
-def installed(root: Path, built: Path, defer: bool = False) -> tuple[str, ...]:
-    return install.install(plan.make(open_root(root), source.find(built), defer))
 
 
 def run(*arguments: object, code: int = 0) -> str:
@@ -108,6 +96,59 @@ def test_installed_by_the_systems_own_programs_and_away_again(tmp_path: Path, bu
     if config:
         text = (root / config).read_text()
         assert OLD in text and NEW not in text
+
+
+_MAKEFILE = """
+modules_install:
+\t@[ "$(INSTALL_MOD_STRIP)" = 1 ] || exit 2
+\t@[ ! -e broken ] || { echo "no rule for kflex.ko" >&2; exit 2; }
+\t@mkdir -p $(INSTALL_MOD_PATH)/lib/modules/%s/kernel/net
+\t@cp net/kflex.ko $(INSTALL_MOD_PATH)/lib/modules/%s/kernel/net/
+\t@ln -s $(CURDIR) $(INSTALL_MOD_PATH)/lib/modules/%s/build
+"""
+
+
+def built_tree(place: Path) -> Path:
+    """A kernel's build tree, built."""
+    write(place / "Makefile", _MAKEFILE % (NEW, NEW, NEW))
+    write(place / "Kconfig", "")
+    write(place / ".config", "CONFIG_MODULES=y\n")
+    write(place / "System.map", "ffffffff81000000 T _text\n")
+    write(place / "arch/x86/boot/bzImage", bzimage(NEW))
+    write(place / "include/config/kernel.release", NEW + "\n")
+    write(place / "modules.order", "net/kflex.o\n")
+    write(place / "net/kflex.ko", b"\x7fELF" + bytes(5000))
+    return place
+
+
+def test_a_build_tree_installs_its_modules_itself(tmp_path: Path) -> None:
+    root, tree = debian(tmp_path / "root"), built_tree(tmp_path / "linux")
+    before = snapshot(root)
+    (tree / "broken").touch()
+    with pytest.raises(KflexError, match=r"make failed, .*Error 2"):
+        installed(root, tree)
+    assert snapshot(root) == before
+    (tree / "broken").unlink()
+    installed(root, tree)
+    directory = root / "lib/modules" / NEW
+    assert (directory / "kernel/net/kflex.ko").exists() and (directory / "modules.dep").exists()
+    assert not (directory / "build").is_symlink()
+    assert (root / f"boot/config-{NEW}").read_text() == "CONFIG_MODULES=y\n"
+    install.remove(open_root(root), NEW)
+    assert snapshot(root) == before
+
+
+def test_what_rpm_owns_is_not_touched(tmp_path: Path, built: Path) -> None:
+    root = tool_tree(tmp_path / "root", "fedora")
+    rpm = f'#!/bin/sh\ncase "$*" in */lib/modules/{OLD}) echo kernel-core ;; *) echo no; exit 1 ;; esac\n'
+    write(root / "usr/bin/rpm", rpm, 0o755)
+    installed(root, built)
+    assert {item.release: item.origin for item in inventory.kernels(open_root(root))} == {
+        OLD: "kernel-core",
+        NEW: "kflex-repro",
+    }
+    with pytest.raises(KflexError, match="belongs to the package kernel-core"):
+        installed(root, entry(tmp_path / "same", OLD))
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -506,57 +547,6 @@ def test_grub_that_cannot_write_is_no_boot_for_once(
 
 
 # -- killed anywhere
-
-
-def killed_at(step: int, change: Callable[[], object]) -> bool:
-    """Run a change in a child that is killed before its ``step``-th touch of the disk or program; whether."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        count = 0
-        touches = {
-            "os.rename",
-            "os.remove",
-            "os.mkdir",
-            "os.rmdir",
-            "os.symlink",
-            "shutil.rmtree",
-            "subprocess.Popen",
-        }
-
-        def hook(event: str, args: tuple[object, ...]) -> None:
-            nonlocal count
-            writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
-            if event in touches or writes:
-                count += 1
-                if count == step:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        try:
-            sys.addaudithook(hook)
-            change()
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, -signal.SIGKILL)
-    return code != 0
-
-
-def bootable(root: Path) -> bool:
-    """Whether the default entry, and every entry of the old kernel, has the files that it names."""
-    config = root / "boot/grub/grub.cfg"
-    if not config.exists():
-        entries = inventory.entry_files(open_root(root))
-        return all((root / f"boot/vmlinuz-{item.fields['version']}").exists() for item in entries)
-    text = config.read_text()
-    chosen = grub.resolve(text, grub.default(text, {}))
-    return (
-        chosen is not None
-        and (root / "boot" / chosen.image).exists()
-        and grub.find(text, f"vmlinuz-{OLD}") is not None
-        and (root / f"boot/vmlinuz-{OLD}").read_bytes() == bzimage(OLD)
-    )
 
 
 @pytest.mark.parametrize("what", ["install", "remove"])

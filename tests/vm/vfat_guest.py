@@ -15,11 +15,21 @@ from kflex_repro.errors import KflexError
 from kflex_repro.kernel import install, inventory, once, plan, source
 from kflex_repro.kernel.place import file_system, open_root
 from kflex_repro.kernel.record import Store
-from tests.unit.kernel_trees import NEW, OLD, debian, entry, fedora, write
-from tests.unit.test_kernel_install import bootable, installed, killed_at, snapshot
+from tests.unit.kernel_trees import (
+    NEW,
+    OLD,
+    bootable,
+    debian,
+    entry,
+    fedora,
+    installed,
+    killed_at,
+    snapshot,
+    write,
+)
 
 # Killing at every touch of the disk takes minutes here; tests/unit does that. These are in all phases.
-_STEP = 4
+_STEP = 9
 
 
 def _mounted(work: Path, image: Path, make: object) -> Path:
