@@ -395,20 +395,34 @@ def _work_key(tree: ext4.Tree) -> str:
 # --- images -----------------------------------------------------------------------------------------------
 
 
-def _image(name: str, key: str, tree: Callable[[], ext4.Tree], progress: Progress) -> Path:
-    """One image, made now if it is not in the cache."""
+@dataclass(frozen=True)
+class _Layer:
+    name: str
+    key: str
+    tree: Callable[[], ext4.Tree]
 
-    def build(out: Path) -> None:
-        image = out / f"{name}.ext4"
-        ext4.write(image, tree(), lambda done, total: progress(name, done, total))
+    @property
+    def kind(self) -> str:
+        return _KIND.format(self.name)
 
-    kind = _KIND.format(name)
-    place, built = cache.obtain(kind, key, build)
-    # The time of use: what was used longest ago goes first.
-    os.utime(place)
-    if built:
-        _prune(place.parent, _KEPT[name])
-    return place / f"{name}.ext4"
+    @property
+    def there(self) -> bool:
+        """Whether it was made; whether it is whole is for the cache to say."""
+        return (cache.root() / self.kind / self.key).is_dir()
+
+    def image(self, progress: Progress) -> Path:
+        """The image, made now if it is not in the cache."""
+
+        def build(out: Path) -> None:
+            tree = self.tree()
+            ext4.write(out / f"{self.name}.ext4", tree, lambda done, total: progress(self.name, done, total))
+
+        place, built = cache.obtain(self.kind, self.key, build)
+        # The time of use: what was used longest ago goes first.
+        os.utime(place)
+        if built:
+            _prune(place.parent, _KEPT[self.name])
+        return place / f"{self.name}.ext4"
 
 
 def _prune(kind: Path, keep: int) -> None:
@@ -428,16 +442,18 @@ def images(entries: Sequence[Path] = (), progress: Progress = quiet) -> tuple[Pa
     ``entries`` are files and directories to take along besides the sources: those of the cache that the guest
     needs, and what a command works on. KflexError in one line where there is no space or no tool.
     """
-    base = _base()
-    python = _python_tree()
+    base, python, work = _base(), _python_tree(), _work_tree(entries)
 
+    @functools.cache
     def with_libraries() -> ext4.Tree:
         _add_libraries(python, list(python.files()))
         return python
 
-    work = _work_tree(entries)
-    return (
-        _image("work", _work_key(work), lambda: work, progress),
-        _image("python", _python_key(python), with_libraries, progress),
-        _image("packages", base.key, lambda: _base_tree(base), progress),
+    layers = (
+        _Layer("work", _work_key(work), lambda: work),
+        _Layer("python", _python_key(python), with_libraries),
+        _Layer("packages", base.key, functools.cache(lambda: _base_tree(base))),
     )
+    missing = sum(ext4.size(layer.tree()) for layer in layers if not layer.there)
+    ext4.check_space(cache.root(), missing, "the guest's root")
+    return tuple(layer.image(progress) for layer in layers)
