@@ -6,6 +6,7 @@ Nothing is installed. What is in a bzImage's header: Documentation/arch/x86/boot
 from __future__ import annotations
 
 import contextlib
+import functools
 import platform
 import re
 import struct
@@ -108,10 +109,16 @@ def _numbers(text: str) -> list[int]:
     return [int(part) for part in re.findall(r"\d+", text)]
 
 
+@functools.cache
+def _offered() -> tuple[str, ...]:
+    """Packages of kernel images and modules that apt knows; asked once, as it takes half a second."""
+    out = toolchain.output(["apt-cache", "search", "--names-only", r"^linux-(image|modules)-[0-9]"])
+    return tuple(line.split()[0] for line in out.splitlines() if line.strip())
+
+
 def _packages() -> list[str]:
     """Kernel image packages of the best flavour that apt knows."""
-    out = toolchain.output(["apt-cache", "search", "--names-only", r"^linux-image-[0-9]"])
-    names = [line.split()[0] for line in out.splitlines() if line.strip()]
+    names = _offered()
     for flavour in _FLAVOURS:
         # Not the meta-packages: they have a series, but no release.
         shape = re.compile(rf"linux-image-\d+\.\d+\.\d\S*-{flavour}")
@@ -140,7 +147,7 @@ def _of_distribution(series: str, report: Report) -> Kernel:
     image = found[-1]
     names = [image]
     modules = image.replace("linux-image-", "linux-modules-")
-    if packages.candidate(modules):
+    if modules in _offered():
         names.append(modules)
     runner = toolchain.Runner()
     try:

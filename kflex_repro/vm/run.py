@@ -365,8 +365,12 @@ class _Guest:
         return "the guest went off before the command ended" if self._booted else "the guest never came up"
 
     def _error(self, what: str) -> GuestError:
-        lines = [line.strip() for line in self._console.decode(errors="replace").splitlines() if line.strip()]
-        tail = " | ".join(lines[-_TAIL:]) or self._machine.errors() or "its console is empty"
+        # What a kernel says of its end comes first, registers follow.
+        ended = _OOPS.search(self._console)
+        text = self._console[ended.start() :] if ended else self._console
+        lines = [line.strip() for line in text.decode(errors="replace").splitlines() if line.strip()]
+        last = lines[:_TAIL] if ended else lines[-_TAIL:]
+        tail = " | ".join(last) or self._machine.errors() or "its console is empty"
         error = GuestError(what, f"its last lines: {tail}", f"the whole console is {self.log}")
         error.early = not self._booted or (self._ready is None and bool(_OOPS.search(self._console)))
         return error
