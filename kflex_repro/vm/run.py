@@ -168,7 +168,9 @@ def _root(wanted: Root) -> str:
     if wanted == "virtiofs" and not qemu.can_share():
         raise Unavailable(
             "the host's root cannot be shared with a guest",
-            "not root, or a container's without CAP_SYS_CHROOT" if qemu.file_server() else "no virtiofsd",
+            "not root, or root without the capabilities that virtiofsd wants"
+            if qemu.file_server()
+            else "no virtiofsd",
             "--root image" if qemu.file_server() else "apt install qemu-system-common (or virtiofsd)",
         )
     if wanted == "auto":

@@ -348,14 +348,12 @@ def test_no_space_is_said_before_anything_is_written(tmp_path: Path, fake: Fake,
 
 def test_the_hosts_root_is_not_shared_by_an_ordinary_user() -> None:
     require("root")
-    qemu.can_share.cache_clear()
 
     def ask() -> str:
         assert run._root("auto") == "image"
         return run._root("virtiofs")
 
     assert "Unavailable: the host's root cannot be shared with a guest" in _as_nobody(ask)
-    qemu.can_share.cache_clear()
 
 
 def test_a_shell_wants_a_terminal() -> None:
