@@ -207,7 +207,7 @@ def test_a_guest_of_images(stock: kernels.Kernel, tmp_path: Path) -> None:
         "until redis-cli -p 7000 ping 2>/dev/null; do sleep 0.1; done; "
         f"cd {objects.source_root()}; "
         f"{sys.executable} -c 'import kflex_repro.vm.run, redis; print(redis.__name__)'; "
-        "clang --version | head -c 0; echo x >/usr/bin/x; echo done"
+        "echo x >/usr/bin/x; echo done"
     )
     link = str(Path("/bin").readlink()) if Path("/bin").is_symlink() else ""
     request = run.Request(

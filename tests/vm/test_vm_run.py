@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from kflex_repro.build import cache
-from kflex_repro.errors import KflexError
+from kflex_repro.errors import KflexError, Unavailable
 from kflex_repro.vm import kernels, qemu, run
 from tests.conftest import require
 from tests.vm.conftest import bzimage
@@ -104,7 +104,8 @@ def test_a_shell_has_a_terminal(stock: kernels.Kernel, tmp_path: Path) -> None:
     require("root")
     del stock
     watch = Watch(tmp_path / "tmp", cache.root())
-    with _on_a_terminal([*_VM, "shell", *_TCG], watch.env) as (process, terminal):
+    # Not this user's start-up files: emulated, they may take half a minute.
+    with _on_a_terminal([*_VM, "shell", *_TCG, "--env", "HOME=/run"], watch.env) as (process, terminal):
         _until(terminal, b"# ")
         os.write(terminal, b"test -t 0 && echo $((6 * 7))terminal; exit 3\n")
         _until(terminal, b"42terminal")
@@ -316,6 +317,12 @@ def test_images_of_other_machines(tmp_path: Path, content: bytes, what: str) -> 
     path.write_bytes(content)
     with pytest.raises(KflexError, match=what):
         kernels.find(str(path))
+
+
+def test_a_host_of_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels.platform, "machine", lambda: "aarch64")
+    with pytest.raises(Unavailable, match="no VM for aarch64 yet"):
+        kernels.find("stock")
 
 
 def test_an_unreadable_image(tmp_path: Path, public: Path) -> None:
