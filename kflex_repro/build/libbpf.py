@@ -5,18 +5,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from kflex_repro.build import cache, packages, toolchain
+from kflex_repro.build import cache, kernel_source, packages, toolchain
 from kflex_repro.build.packages import Report
 from kflex_repro.errors import KflexError, Unavailable
 
-# The long-term kernel whose libbpf (1.5) we know; where the distribution has another, its newest.
-PREFERRED = "linux-source-6.12"
 MINIMUM = (1, 1)
 _KIND = "libbpf"
 _TRACED_KIND = "libbpf-traced"
@@ -50,34 +47,6 @@ def activate() -> None:
         os.environ["KFLEX_LIBBPF"] = str(built / "lib" / "libbpf.so.1")
 
 
-def source_package() -> tuple[str, str]:
-    """(name, version) of the kernel source package to use: 6.12's, else the newest the distribution has."""
-    names = toolchain.output(["apt-cache", "search", "--names-only", r"^linux-source-[0-9]+\.[0-9.]+$"])
-    found = [line.split()[0] for line in names.splitlines() if line.strip()]
-    if not found:
-        raise Unavailable("no linux-source package is known to apt", "", "run apt-get update first")
-    newest = max(found, key=lambda name: [int(part) for part in re.findall(r"\d+", name)])
-    name = PREFERRED if PREFERRED in found else newest
-    return name, packages.demand(name)
-
-
-def _unpack(package: Path, name: str, out: Path, runner: toolchain.Runner, log: Path) -> None:
-    """The parts of the kernel's sources that libbpf is built from, into ``out``/linux."""
-    # The package holds one compressed tar of the whole kernel: only the parts libbpf needs are written out.
-    with tempfile.TemporaryDirectory(prefix=".libbpf-", dir=cache.root()) as work:
-        runner.run("the package", ["dpkg-deb", "-x", package, work], log)
-        archives = list((Path(work) / "usr" / "src").glob(f"{name}*.tar.*"))
-        if not archives:
-            raise toolchain.BuildError("the kernel source", "the package holds no source archive", log)
-        (out / "linux").mkdir()
-        wanted = [f"*/{part}" for part in _PARTS]
-        command: list[str | Path] = [
-            *("tar", "-x", "-f", archives[0], "-C", out / "linux"),
-            *("--strip-components=1", "--wildcards", *wanted),
-        ]
-        runner.run("the kernel source", command, log)
-
-
 @contextlib.contextmanager
 def sources(
     name: str, version: str, runner: toolchain.Runner, report: Report = lambda _line: None
@@ -92,7 +61,8 @@ def sources(
         log = toolchain.log_path("libbpf-sources", key)
         package = packages.fetch(name, version, runner, log, report)
         report("unpacking tools/lib/bpf")
-        _unpack(package, name, out, runner, log)
+        wanted = [f"*/{part}" for part in _PARTS]
+        kernel_source.unpack(package, name, out / "linux", runner, log, wanted)
 
     place, _ = cache.obtain("sources", key, unpack)
     with tempfile.TemporaryDirectory(prefix=".libbpf-", dir=cache.root()) as work:
@@ -124,7 +94,7 @@ def from_source(
 
     Needs about 200 MB in the cache and, in passing, 250 MB there.
     """
-    name, version = source_package()
+    name, version = kernel_source.source_package()
     compiler = _compiler()
     key = cache.digest([name, version, compiler.banner])
 
@@ -159,7 +129,7 @@ def traced(
     from kflex_repro.patching import apply, recipe
     from kflex_repro.patching.tree import Tree
 
-    name, version = source_package()
+    name, version = kernel_source.source_package()
     compiler = _compiler()
     instructions = recipe.load(_TRACE_RECIPE)
     texts = [f"{_TRACE_RECIPE}.toml", *(step.source for step in instructions.steps if step.source)]

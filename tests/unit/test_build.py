@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kflex_repro import build
-from kflex_repro.build import cache, libbpf, objects, toolchain
+from kflex_repro.build import cache, kernel_source, libbpf, objects, toolchain
 from kflex_repro.errors import KflexError, Unavailable
 from tests.conftest import unavailable
 
@@ -299,12 +299,12 @@ def test_source_package_is_the_preferred_or_the_newest(monkeypatch: pytest.Monke
         "policy": "x:\n  Candidate: 6.12.9-1\n",
     }
     monkeypatch.setattr(toolchain, "output", lambda command: answers[command[1]])
-    assert libbpf.source_package() == ("linux-source-6.12", "6.12.9-1")
+    assert kernel_source.source_package() == ("linux-source-6.12", "6.12.9-1")
     answers["search"] = "linux-source-5.15.0 - x\nlinux-source-6.8.0 - x\n"
-    assert libbpf.source_package()[0] == "linux-source-6.8.0"
+    assert kernel_source.source_package()[0] == "linux-source-6.8.0"
     answers["search"] = ""
     with pytest.raises(Unavailable, match="apt-get update"):
-        libbpf.source_package()
+        kernel_source.source_package()
 
 
 def test_built_libbpf_is_used_where_the_systems_is_missing(
