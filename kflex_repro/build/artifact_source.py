@@ -21,6 +21,8 @@ HEAP_HEADER = "bpf/include/ffkx_heap.bpf.h"
 MAIN = "src/Main.cpp"
 # What makes a directory KFlex's tree and no other one's.
 _MARKS = (HEAP_HEADER, MAIN, "CMakeLists.txt", "bpf/Makefile")
+_KERNEL = "linux"
+_KERNEL_URL = "https://github.com/rs3lab/KFlex-linux"
 _KERNEL_MARKS = ("kernel/bpf/heap.c", "Kbuild")
 # Parts of the tree the build needs, and that a clone can lack: (file, part to bring back, what it is for).
 _PARTS = (
@@ -31,7 +33,7 @@ _PARTS = (
 )
 # Not copied: history, the kernel (1.5 GB, not part of this build), states and outputs of earlier builds.
 _STATE = ".kflex-repro"
-_LEFT_OUT = frozenset({".git", ".build", _STATE, "linux"})
+_LEFT_OUT = frozenset({".git", ".build", _STATE, _KERNEL})
 _OUTPUTS = frozenset({"ffkx", "ffkx-test", "ffkx-bench", "compile_commands.json"})
 _OUTPUT_SUFFIXES = (".bpf.o", ".skel.h")
 
@@ -84,6 +86,23 @@ def find(directory: Path | None) -> Source:
     return Source(root, (*_submodules(root), *_parts(root)))
 
 
+def kernel(directory: Path | None) -> Path:
+    """The tree of KFlex's kernel: in the KFlex tree at ``directory``, or that directory itself.
+
+    KflexError says what to get, and where it goes.
+    """
+    if directory and all((directory.expanduser() / mark).exists() for mark in _KERNEL_MARKS):
+        return directory.expanduser().resolve()
+    root = find(directory).root
+    place = root / _KERNEL
+    if (place / "Makefile").is_file():
+        return place
+    fetch = f"git clone --depth 1 {_KERNEL_URL} {place}"
+    if any(part.path == _KERNEL for part in _submodules(root)) and (root / ".git").exists():
+        fetch = f"git -C {root} submodule update --init --depth 1 {_KERNEL}"
+    raise KflexError("KFlex's kernel is not there", str(place), fetch)
+
+
 def _is_tree(path: Path) -> bool:
     return all((path / mark).is_file() for mark in _MARKS)
 
@@ -113,7 +132,7 @@ def _submodules(root: Path) -> list[Lacking]:
         path = parser.get(section, "path", fallback="")
         if not path or any((root / path).glob("*")):
             continue
-        kernel = path == "linux"
+        kernel = path == _KERNEL
         fix = f"git -C {root} submodule update --init --depth 1 {path}"
         purpose = "KFlex's kernel: to run, not to build" if kernel else "a submodule"
         found.append(Lacking(path, purpose, fix, not kernel))

@@ -126,3 +126,17 @@ def obtain(kind: str, key: str, build: Callable[[Path], None], force: bool = Fal
             if fresh.exists():
                 shutil.rmtree(fresh, ignore_errors=True)
     return place, True
+
+
+@contextlib.contextmanager
+def unused(name: str) -> Iterator[bool]:
+    """Whether nobody holds the cache's lock ``name``; if so, it is held in here."""
+    directory = root() / "locks"
+    directory.mkdir(exist_ok=True)
+    with (directory / name).open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True

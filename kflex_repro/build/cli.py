@@ -66,8 +66,29 @@ def _display() -> Iterator[_Display]:
     help="Build the KFlex artifact from --source DIR instead: libbpf, BPF objects, program.",
 )
 @click.option(
-    "--source", type=click.Path(path_type=Path), metavar="DIR", help="The KFlex tree; it is only read."
+    "--kernel",
+    is_flag=True,
+    help="Build a kernel instead, of the distribution's source, --source DIR, or (with --artifact) KFlex's.",
 )
+@click.option(
+    "--source",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="The KFlex tree, or the kernel's; it is only read.",
+)
+@click.option("--distro", is_flag=True, help="The kernel of the distribution's source package (the default).")
+@click.option(
+    "--fragment",
+    "fragments",
+    multiple=True,
+    metavar="NAME|PATH",
+    help="A piece of the kernel's configuration, in place of the default ones: base, bpf, net, trace, vm.",
+)
+@click.option(
+    "--host-config", is_flag=True, help="The running kernel's configuration in place of tinyconfig."
+)
+@click.option("--arch", metavar="NAME", help="The kernel's architecture: x86_64 or riscv64.")
+@click.option("--allow-dropped", is_flag=True, help="Build the kernel also if an option did not stick.")
 @click.option(
     "--recipe", "recipes", multiple=True, metavar="ID", help="Also this recipe, in the copy that is built."
 )
@@ -75,7 +96,7 @@ def _display() -> Iterator[_Display]:
 @click.option("--heap-gb", metavar="N|auto", help="Heaps of N GB (a power of two), with capacities that fit.")
 @click.option("--program-only", is_flag=True, help="Without the artifact's tests and benchmarks.")
 @click.option(
-    "--dry-run", is_flag=True, help="With --artifact: print checks, recipes and steps; build nothing."
+    "--dry-run", is_flag=True, help="With --artifact or --kernel: print checks and steps; build nothing."
 )
 @click.option("--force", is_flag=True, help="Build again what the cache has.")
 @click.option("--only", metavar="NAME", help="Only this BPF object (or kflex.so, or vmlinux.h).")
@@ -93,7 +114,13 @@ def _display() -> Iterator[_Display]:
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
 def build(
     artifact: bool,
+    kernel: bool,
     source: Path | None,
+    distro: bool,
+    fragments: tuple[str, ...],
+    host_config: bool,
+    arch: str | None,
+    allow_dropped: bool,
     recipes: tuple[str, ...],
     without: tuple[str, ...],
     heap_gb: str | None,
@@ -112,8 +139,24 @@ def build(
     libbpf, its BPF objects, its program). Each step is kept: a second run, or one after Ctrl-C or a failure,
     goes on where it was. What the running kernel lacks to run it is said at the end.
 
+    With --kernel: a kernel, of fragments of configuration (kernel/) on top of tinyconfig; each option that
+    was asked for and did not stick is named, with what it needs. Interrupted or killed, the build goes on
+    where it was. What it prints last is the kernel for `kflex-repro vm run --kernel`.
+
     The cache is $KFLEX_CACHE, or kflex-repro in the user's cache directory; logs are kept in its logs/.
     """
+    if kernel:
+        if recipes or without or heap_gb or program_only or only or libbpf_from_source or libbpf_traced:
+            raise click.UsageError("recipes, heaps, --only and the --libbpf options are not for --kernel")
+        from kflex_repro.build import kernel_cli
+
+        switches = (allow_dropped, force, dry_run, as_json)
+        kernel_cli.run(
+            kernel_cli.Wish(source, artifact, fragments, host_config, arch, jobs, *switches), distro
+        )
+        return
+    if distro or fragments or host_config or arch or allow_dropped:
+        raise click.UsageError("--distro, --fragment, --host-config, --arch, --allow-dropped want --kernel")
     if artifact:
         if only or libbpf_from_source or libbpf_traced:
             raise click.UsageError("--only and the --libbpf options are not for --artifact")
@@ -128,7 +171,8 @@ def build(
         return
     if source or recipes or without or heap_gb or program_only or dry_run:
         raise click.UsageError(
-            "--source, --recipe, --no-recipe, --heap-gb, --program-only, --dry-run want --artifact"
+            "--source, --dry-run want --artifact or --kernel; --recipe, --no-recipe, --heap-gb and"
+            " --program-only want --artifact"
         )
     if libbpf_traced:
         if only or libbpf_from_source:

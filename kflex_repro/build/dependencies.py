@@ -63,7 +63,9 @@ class Tools:
 
 
 @dataclass(frozen=True)
-class _Need:
+class Need:
+    """What to look for: ``probe`` gives (what was found or "", a warning)."""
+
     name: str
     packages: Callable[[], tuple[str, ...]]
     purpose: str
@@ -105,16 +107,19 @@ def _cxx() -> toolchain.Tool | None:
     return toolchain.probe("c++", path) if path else None
 
 
-def _tool(name: str, minimum: tuple[int, ...] = ()) -> toolchain.Tool | None:
+def tool(name: str, minimum: tuple[int, ...] = ()) -> toolchain.Tool | None:
+    """A program on PATH, if it works and is new enough."""
     path = shutil.which(name)
-    tool = toolchain.probe(name, path) if path else None
-    return tool if tool and tool.version >= minimum else None
+    found = toolchain.probe(name, path) if path else None
+    return found if found and found.version >= minimum else None
 
 
-def _shown(find: Callable[[], toolchain.Tool | None]) -> Callable[[], tuple[str, str]]:
+def shown(find: Callable[[], toolchain.Tool | None]) -> Callable[[], tuple[str, str]]:
+    """A need's probe of a tool."""
+
     def probe() -> tuple[str, str]:
-        tool = find()
-        return (f"{tool.text} ({tool.path})", "") if tool else ("", "")
+        found = find()
+        return (f"{found.text} ({found.path})", "") if found else ("", "")
 
     return probe
 
@@ -192,7 +197,7 @@ def _clang_packages() -> tuple[str, ...]:
     return (f"clang-{min(enough) if enough else CLANG_MINIMUM[0]}",)
 
 
-def _needs(bpftool_of_tree: Path | None, asked: str) -> tuple[_Need, ...]:
+def _needs(bpftool_of_tree: Path | None, asked: str) -> tuple[Need, ...]:
     def package(*names: str) -> Callable[[], tuple[str, ...]]:
         return lambda: names
 
@@ -204,38 +209,38 @@ def _needs(bpftool_of_tree: Path | None, asked: str) -> tuple[_Need, ...]:
         )
 
     return (
-        _Need("C compiler", package("gcc"), "libbpf", _shown(toolchain.find_cc)),
-        _Need("C++ compiler", package("g++"), "the program", _standard(asked)),
-        _Need("clang, newer than 18", _clang_packages, "the BPF objects", _clang_probe),
-        _Need("bpftool", of_bpftool, "skeletons", _shown(lambda: bpftool(bpftool_of_tree))),
-        _Need("make", package("make"), "libbpf, the BPF objects", _shown(lambda: _tool("make"))),
-        _Need("cmake", package("cmake"), "the program", _shown(lambda: _tool("cmake", CMAKE_MINIMUM))),
-        _Need("ninja", package("ninja-build"), "the program", _shown(lambda: _tool("ninja"))),
-        _Need("pkg-config", package("pkg-config"), "finding libraries", _shown(lambda: _tool("pkg-config"))),
-        _Need("libelf", package("libelf-dev"), "libbpf", _both(_library("libelf"), _header("libelf.h"))),
-        _Need("zlib", package("zlib1g-dev"), "libbpf", _both(_library("zlib"), _header("zlib.h"))),
-        _Need(
+        Need("C compiler", package("gcc"), "libbpf", shown(toolchain.find_cc)),
+        Need("C++ compiler", package("g++"), "the program", _standard(asked)),
+        Need("clang, newer than 18", _clang_packages, "the BPF objects", _clang_probe),
+        Need("bpftool", of_bpftool, "skeletons", shown(lambda: bpftool(bpftool_of_tree))),
+        Need("make", package("make"), "libbpf, the BPF objects", shown(lambda: tool("make"))),
+        Need("cmake", package("cmake"), "the program", shown(lambda: tool("cmake", CMAKE_MINIMUM))),
+        Need("ninja", package("ninja-build"), "the program", shown(lambda: tool("ninja"))),
+        Need("pkg-config", package("pkg-config"), "finding libraries", shown(lambda: tool("pkg-config"))),
+        Need("libelf", package("libelf-dev"), "libbpf", _both(_library("libelf"), _header("libelf.h"))),
+        Need("zlib", package("zlib1g-dev"), "libbpf", _both(_library("zlib"), _header("zlib.h"))),
+        Need(
             "abseil",
             package("libabsl-dev"),
             "the program",
             _header("absl/flags/flag.h", "absl/status/statusor.h", "absl/container/flat_hash_map.h"),
             "absl",
         ),
-        _Need(
+        Need(
             "jemalloc",
             package("libjemalloc-dev"),
             "the heap's allocator",
             _both(_library("jemalloc"), _header("jemalloc/jemalloc.h")),
             "jemalloc",
         ),
-        _Need(
+        Need(
             "benchmark",
             package("libbenchmark-dev"),
             "ffkx-bench",
             _header("benchmark/benchmark.h"),
             "find_package(benchmark",
         ),
-        _Need(
+        Need(
             "googletest", package("libgtest-dev"), "ffkx-test", _header("gtest/gtest.h"), "find_package(gtest"
         ),
     )
@@ -249,10 +254,13 @@ def _installed(packages: Iterable[str]) -> bool:
 def look(source: Source, whole: bool = True) -> tuple[Found, ...]:
     """Look for everything; ``whole`` also for what only the artifact's tests and benchmarks need."""
     asked = source.cmake(whole)
+    return examine(need for need in _needs(source.bpftool, asked) if need.asked_by in asked)
+
+
+def examine(needs: Iterable[Need]) -> tuple[Found, ...]:
+    """Look for each of them."""
     found = []
-    for need in _needs(source.bpftool, asked):
-        if need.asked_by not in asked:
-            continue
+    for need in needs:
         value, note = need.probe()
         packages = () if value else need.packages()
         there = bool(value) or _installed(packages)
@@ -289,9 +297,9 @@ def tools(source: Source) -> Tools:
     return Tools(
         clang=want(clang(), "clang"),
         bpftool=want(bpftool(source.bpftool), "bpftool"),
-        cmake=want(_tool("cmake", CMAKE_MINIMUM), "cmake"),
-        ninja=want(_tool("ninja"), "ninja"),
+        cmake=want(tool("cmake", CMAKE_MINIMUM), "cmake"),
+        ninja=want(tool("ninja"), "ninja"),
         cxx=want(_cxx(), "C++ compiler"),
         cc=toolchain.cc(),
-        make=want(_tool("make"), "make").path,
+        make=want(tool("make"), "make").path,
     )

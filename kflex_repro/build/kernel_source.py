@@ -156,7 +156,9 @@ def version_of(root: Path) -> str:
     try:
         text = (root / "Makefile").read_text(errors="replace")[:4096]
     except OSError as error:
-        raise KflexError(f"cannot read: {error.strerror}", str(root / "Makefile"), "is it a kernel?") from None
+        raise KflexError(
+            f"cannot read: {error.strerror}", str(root / "Makefile"), "is it a kernel?"
+        ) from None
     parts = dict(re.findall(r"^(VERSION|PATCHLEVEL|SUBLEVEL|EXTRAVERSION)[ \t]*=[ \t]*(\S*)", text, re.M))
     if not parts.get("VERSION") or not parts.get("PATCHLEVEL"):
         raise KflexError(
@@ -183,5 +185,5 @@ def _content(root: Path) -> str:
 
     with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
         parts = pool.map(of, paths, chunksize=64)
-        names = (str(path.relative_to(root)) for path in paths)
-        return cache.digest(part for pair in zip(names, parts, strict=True) for part in pair)
+        relative = (str(path.relative_to(root)) for path in paths)
+        return cache.digest(part for pair in zip(relative, parts, strict=True) for part in pair)

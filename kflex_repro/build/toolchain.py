@@ -12,9 +12,10 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from kflex_repro.build import cache
 from kflex_repro.errors import KflexError, Unavailable
@@ -208,6 +209,33 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
+# A reader in the command's own group: its pipe ends when we do, and then the group does. Without it a make
+# that was left alone goes on for minutes.
+_LEASHED = 'exec 3<&0 </dev/null; (read _ <&3; kill -TERM 0) >/dev/null 2>&1 & exec 3<&-; exec "$@"'
+
+
+@contextlib.contextmanager
+def _leash() -> Iterator[int]:
+    """The end of a pipe that reads nothing for as long as this process lives and is in here."""
+    reader, writer = os.pipe()
+    try:
+        yield reader
+    finally:
+        os.close(writer)
+        os.close(reader)
+
+
+def _output(path: Path | None, stream: IO[bytes], files: contextlib.ExitStack) -> IO[bytes]:
+    return files.enter_context(path.open("wb")) if path else stream
+
+
+def _show(lines: IO[bytes], stream: IO[bytes], watch: Callable[[str], None]) -> None:
+    for line in lines:
+        stream.write(line)
+        stream.flush()
+        watch(line.decode(errors="replace").rstrip("\n"))
+
+
 class Runner:
     """Runs build commands; ``stop()`` ends those that still run (another failed, or Ctrl-C)."""
 
@@ -233,26 +261,34 @@ class Runner:
         log: Path,
         cwd: Path | None = None,
         stdout: Path | None = None,
+        watch: Callable[[str], None] | None = None,
     ) -> None:
         """Run one command, its output appended to ``log`` (standard output to ``stdout`` if given).
 
-        BuildError, with the log's name and its last error lines, if it fails; the log stays.
+        With ``watch``, a long one: each line of its output is shown to it, too, and the command and its
+        compilers end with this process, however that ends. BuildError, with the log's name and its last error
+        lines, if it fails; the log stays.
         """
+        words = [str(part) for part in command]
         log.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as files:
             stream = files.enter_context(log.open("ab"))
-            stream.write(f"+ {' '.join(map(str, command))}\n".encode())
+            stream.write(f"+ {' '.join(words)}\n".encode())
             stream.flush()
+            stdin = subprocess.DEVNULL
+            if watch:
+                stdin = files.enter_context(_leash())
+                words = ["sh", "-c", _LEASHED, "sh", *words]
             with self._lock:
                 if self._stopped:
                     raise KflexError("stopped", step)
                 try:
                     process = subprocess.Popen(
-                        [str(part) for part in command],
+                        words,
                         cwd=cwd,
-                        stdin=subprocess.DEVNULL,
-                        stdout=files.enter_context(stdout.open("wb")) if stdout else stream,
-                        stderr=stream,
+                        stdin=stdin,
+                        stdout=subprocess.PIPE if watch else _output(stdout, stream, files),
+                        stderr=subprocess.STDOUT if watch else stream,
                         env={**os.environ, "LC_ALL": "C"},
                         process_group=0,
                     )
@@ -260,6 +296,8 @@ class Runner:
                     raise BuildError(step, f"cannot run {command[0]}: {error.strerror}", log) from None
                 self._running.add(process)
             try:
+                if watch and process.stdout:
+                    _show(files.enter_context(process.stdout), stream, watch)
                 code = process.wait()
             finally:
                 with self._lock:
