@@ -30,7 +30,7 @@ _RECORD = "build.json"
 # Measured: objects of the default set, 6.12 on x86-64, by the options that are on. Only for a first build.
 _OBJECTS_PER_OPTION = 2.0
 # A line that stands for an object made: "  CC      mm/slub.o", "  CC [M]  fs/…", "  AS      arch/…".
-_MADE = re.compile(r"\s+(?:CC|AS)(?: \[M\])?\s+\S+\.o$")
+_MADE = re.compile(r"\s+(?:CC|AS)(?: \[M\])?\s+(\S+\.o)$")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def plan(tree: Tree, arch: Arch, config: Config) -> Plan:
     key = cache.digest([tree.key, arch.name, config.text])
     path = cache.root() / KIND / key
     work = _work(key)
-    there = _objects(work / "objects")
+    there = len(_made(key))
     total = max(_expected(arch, config.options), there)
     unpacked = not tree.packed or (work / "source").exists()
     needed = kernel_needs.space(total, there, unpacked)
@@ -109,13 +109,17 @@ def _work(key: str) -> Path:
     return cache.root() / _WORK / key
 
 
-def _objects(tree: Path) -> int:
-    """How many objects are in an object tree: make writes such a file when one is done."""
-    return sum(
-        name.endswith(".o.cmd") and name != ".built-in.a.cmd"
-        for _, _, leaves in os.walk(tree)
-        for name in leaves
-    )
+def _log(key: str) -> Path:
+    return cache.root() / "logs" / f"kernel-{key[:12]}.log"
+
+
+def _made(key: str) -> set[str]:
+    """The objects made so far, as the log has them: it is kept as long as the object tree."""
+    if not _work(key).exists():
+        return set()
+    with contextlib.suppress(OSError), _log(key).open(errors="replace") as lines:
+        return {match.group(1) for match in map(_MADE.match, lines) if match}
+    return set()
 
 
 def _expected(arch: Arch, options: int) -> int:
@@ -131,15 +135,16 @@ def _expected(arch: Arch, options: int) -> int:
 class _Meter:
     """Turns the lines of a build into its progress."""
 
-    def __init__(self, there: int, total: int, show: Callable[[Progress], None]) -> None:
-        self._started, self._there, self._done, self._total = time.monotonic(), there, there, total
-        self._show = show
+    def __init__(self, made: set[str], total: int, show: Callable[[Progress], None]) -> None:
+        self._started, self._before, self._total, self._show = time.monotonic(), len(made), total, show
+        self.made = made
 
     def line(self, line: str) -> None:
-        if _MADE.match(line):
-            self._done += 1
-        left = remaining(self._done - self._there, self._total - self._done, time.monotonic() - self._started)
-        self._show(Progress(self._done, max(self._total, self._done), left, line.strip()))
+        if match := _MADE.match(line):
+            self.made.add(match.group(1))
+        done = len(self.made)
+        left = remaining(done - self._before, self._total - done, time.monotonic() - self._started)
+        self._show(Progress(done, max(self._total, done), left, line.strip()))
 
 
 def remaining(done: int, to_do: int, elapsed: float) -> float | None:
@@ -159,22 +164,23 @@ def build(
 ) -> Built:
     """Build it, or find it in the cache. BuildError names the first error, and the log that is kept."""
     started = time.monotonic()
-    log = cache.root() / "logs" / f"kernel-{what.key[:12]}.log"
-    work = _work(what.key)
+    log, work = _log(what.key), _work(what.key)
 
     def make(out: Path) -> None:
         if force:
             shutil.rmtree(work, ignore_errors=True)
         _forget_others(what)
-        kernel_needs.demand_space(what.space)
-        # A build that goes on goes on in its log, too.
+        # Another process may have got further since the plan was made.
+        now = plan(what.tree, what.arch, what.config)
+        kernel_needs.demand_space(now.space)
         if not work.exists():
             log.unlink(missing_ok=True)
         source = _prepare(what, work, runner, log)
-        total = _compile(what, source, work / "objects", runner, log, jobs, show)
+        meter = _Meter(_made(what.key), now.objects, show)
+        _compile(what, source, work / "objects", runner, log, jobs, meter)
         report("keeping the outputs")
         _keep(what, source, work / "objects", out, runner, log)
-        _write_record(what, out, total, _spent(work, time.monotonic() - started))
+        _write_record(what, out, len(meter.made), _spent(work, time.monotonic() - started))
 
     try:
         path, fresh = cache.obtain(KIND, what.key, make, force)
@@ -183,8 +189,9 @@ def build(
             _spent(work, time.monotonic() - started)
         raise
     if fresh:
-        report("removing the object tree")
-        shutil.rmtree(work, ignore_errors=True)
+        with cache.unused(f"{KIND}-{what.key}") as free:
+            if free:
+                shutil.rmtree(work, ignore_errors=True)
     record = record_of(path)
     assert record is not None, "an intact entry has its record"
     return Built(path, record, fresh, time.monotonic() - started, log if fresh else None)
@@ -248,14 +255,11 @@ def _compile(
     runner: toolchain.Runner,
     log: Path,
     jobs: int | None,
-    show: Callable[[Progress], None],
-) -> int:
-    """Run make; returns how many objects there are."""
-    meter = _Meter(what.there, what.objects, show)
+    meter: _Meter,
+) -> None:
     targets = [what.arch.target, *(["modules"] if what.config.values.get("MODULES") == "y" else [])]
     command = [*_command(what, source, objects), f"-j{jobs or os.cpu_count() or 1}", *targets]
     runner.run("the kernel", command, log, watch=meter.line)
-    return _objects(objects)
 
 
 def _keep(
