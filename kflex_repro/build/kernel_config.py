@@ -176,7 +176,7 @@ def make(
             place = Path(work)
             command: list[str | Path] = ["make", "-C", tree.root, f"O={place}", *arch.variables]
             if base:
-                (place / ".config").write_text(base[0])
+                (place / ".config").write_text(f"{base[0]}\n")
             else:
                 runner.run("tinyconfig", [*command, "tinyconfig"], log)
             with (place / ".config").open("a") as stream:
