@@ -25,6 +25,7 @@ from kflex_repro.bpf import fs, libbpf, probe
 from kflex_repro.build import cache, toolchain
 from kflex_repro.build.objects import KERNEL_BTF
 from kflex_repro.errors import KflexError
+from kflex_repro.patience import cpu_model, emulated
 from kflex_repro.redis import server
 
 State = Literal["ok", "degraded", "missing"]
@@ -36,7 +37,8 @@ _CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "C
 class Fact:
     """One row: ``value`` is what was found, ``purpose`` what needs it, ``fix`` how to get it ("" when ok).
 
-    ``required`` facts are those without which the default job (offload and benchmark) cannot run.
+    ``required`` facts are those without which the default job (offload and benchmark) cannot run; those
+    ``of_kernel`` are about the running kernel and what it allows us: a VM has its own.
     """
 
     key: str
@@ -47,6 +49,7 @@ class Fact:
     fix: str
     required: bool
     needs_root: bool
+    of_kernel: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class _Row:
     find: Callable[[], _Finding]
     required: bool = False
     needs_root: bool = False
+    of_kernel: bool = False
 
 
 def _ok(value: str) -> _Finding:
@@ -322,15 +326,29 @@ def _python() -> _Finding:
     return _ok(f"{value} ({sys.prefix})")
 
 
+def _kvm() -> _Finding:
+    """Whether guests then run is only known by trying: nested virtualisation may be incomplete."""
+    fix = "VMs are emulated without it, and slow"
+    try:
+        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
+    except PermissionError as error:
+        return _Finding("degraded", error.strerror or "", f"be in its group (usermod -aG kvm USER): {fix}")
+    except OSError as error:
+        return _Finding("degraded", error.strerror or "", fix)
+    return _ok("/dev/kvm can be opened")
+
+
 def _rows() -> tuple[_Row, ...]:
     def bpf(key: str, title: str, purpose: str, run: Callable[[], str], required: bool = False) -> _Row:
-        return _Row(key, title, purpose, _from_probe(run, not required), required, needs_root=True)
+        return _Row(
+            key, title, purpose, _from_probe(run, not required), required, needs_root=True, of_kernel=True
+        )
 
     later = "the artifact path and later tools"
     return (
-        _Row("kernel", "kernel", "BPF features of 6.1", _kernel, required=True),
+        _Row("kernel", "kernel", "BPF features of 6.1", _kernel, required=True, of_kernel=True),
         _Row("arch", "architecture", "the gate's view of system calls", _arch, required=True),
-        _Row("btf", "kernel BTF", "vmlinux.h, CO-RE, tp_btf", _btf, required=True),
+        _Row("btf", "kernel BTF", "vmlinux.h, CO-RE, tp_btf", _btf, required=True, of_kernel=True),
         _Row("jit", "BPF JIT", "speed of the programs", _jit),
         bpf("mmapable", "BPF mmapable array", "the table shared with user space", probe.mmapable, True),
         bpf("sockops", "BPF sockops", "enrols connections", probe.sockops, True),
@@ -345,9 +363,14 @@ def _rows() -> tuple[_Row, ...]:
             "uprobe_multi", "uprobe_multi", "probes at all functions of a server at once", probe.uprobe_multi
         ),
         bpf("arena", "BPF arena", later, probe.arena),
-        _Row("cgroup2", "cgroup v2", "where sockops attaches", _cgroup2, required=True),
+        _Row("cgroup2", "cgroup v2", "where sockops attaches", _cgroup2, required=True, of_kernel=True),
         _Row(
-            "bpffs", "bpffs", "pins that outlive us", _file_system("bpf", "/sys/fs/bpf", True), required=True
+            "bpffs",
+            "bpffs",
+            "pins that outlive us",
+            _file_system("bpf", "/sys/fs/bpf", True),
+            required=True,
+            of_kernel=True,
         ),
         _Row("tracefs", "tracefs", later, _file_system("tracefs", "/sys/kernel/tracing", False)),
         _Row(
@@ -357,6 +380,7 @@ def _rows() -> tuple[_Row, ...]:
             _capabilities,
             required=True,
             needs_root=True,
+            of_kernel=True,
         ),
         _Row("lockdown", "kernel lockdown", "reading kernel memory in BPF", _lockdown),
         _Row("unprivileged_bpf", "unprivileged BPF", "nothing: we run as root", _unprivileged_bpf),
@@ -392,6 +416,13 @@ def _rows() -> tuple[_Row, ...]:
         _Row("ip", "ip (iproute2)", "clients over veth (--netns)", _program("ip", "iproute2", True)),
         _Row("perf", "perf", "kflex-repro profile", _tool(toolchain.find_perf, toolchain.perf)),
         _Row("python", "Python", "this toolkit", _python, required=True),
+        _Row(
+            "qemu",
+            "QEMU",
+            "VMs: where this kernel refuses BPF",
+            _program("qemu-system-x86_64", "qemu-system-x86", True),
+        ),
+        _Row("kvm", "KVM", "fast VMs", _kvm),
     )
 
 
@@ -419,6 +450,7 @@ def fact(key: str) -> Fact:
         fix=found.fix,
         required=row.required,
         needs_root=row.needs_root,
+        of_kernel=row.of_kernel,
     )
 
 
@@ -432,21 +464,11 @@ def missing() -> tuple[Fact, ...]:
     return tuple(found for found in facts() if found.required and found.state == "missing")
 
 
-def _cpu_model() -> str:
-    match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    return match.group(1).strip() if match else platform.processor() or "unknown"
-
-
 def _distribution() -> str:
     try:
         return platform.freedesktop_os_release().get("PRETTY_NAME", "unknown")
     except OSError:
         return "unknown"
-
-
-def emulated() -> bool:
-    """Whether the CPU is an emulated one (QEMU TCG): figures then say nothing about speed."""
-    return "TCG" in _cpu_model() or "QEMU Virtual CPU" in _cpu_model()
 
 
 def summary() -> dict[str, object]:
@@ -456,13 +478,31 @@ def summary() -> dict[str, object]:
         "kernel": platform.release(),
         "distribution": _distribution(),
         "arch": platform.machine(),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cpus": len(os.sched_getaffinity(0)),
         "ram_bytes": memory.meminfo()["MemTotal"],
         "virtual": hypervisor,
         "emulated": emulated(),
         "facts": {found.key: {"state": found.state, "value": found.value} for found in facts()},
     }
+
+
+def refused() -> tuple[Fact, ...]:
+    """Those of missing() that a VM has of its own: with nothing else missing, the default job runs in one."""
+    return tuple(found for found in missing() if found.of_kernel)
+
+
+def refusal() -> str:
+    """One line: what refused() says, and why; "" where nothing is refused."""
+    lacking = refused()
+    if not lacking:
+        return ""
+    # Without the rights, every probe of BPF fails for that reason.
+    words = [one.value for one in lacking if one.key == "capabilities"]
+    if others := [one.title for one in lacking if one.key != "capabilities"]:
+        words.append(f"missing: {', '.join(others)}")
+    who = "this host refuses BPF" if is_root() else "this user may not use BPF"
+    return f"{who} ({'; '.join(words)})"
 
 
 def as_json() -> dict[str, object]:

@@ -29,6 +29,7 @@ from kflex_repro.bench.load import (
 )
 from kflex_repro.bench.netns import VethPair, inside
 from kflex_repro.errors import KflexError
+from kflex_repro.patience import patient
 
 _BATCH = 500
 
@@ -44,7 +45,7 @@ class Session(Protocol):
 
     def reset_max(self) -> None: ...
 
-    def stop(self, timeout: float = 10.0) -> None: ...
+    def stop(self, timeout: float | None = None) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Bed:
         return None
 
     def _client(self, endpoint: Endpoint) -> redis.Redis:
-        return redis.Redis(host=endpoint.host, port=endpoint.port, socket_timeout=30)
+        return redis.Redis(host=endpoint.host, port=endpoint.port, socket_timeout=patient(30))
 
     def fill(self, family: str, keys: int, value_bytes: int) -> None:
         """SET ``keys`` keys of ``value_bytes`` bytes on every server, past the offload (which is switched
@@ -147,7 +148,7 @@ class Bed:
 
     @contextmanager
     def _wire(self, endpoint: Endpoint) -> Iterator[Wire]:
-        wire = Wire(endpoint.host, endpoint.port, 60.0)
+        wire = Wire(endpoint.host, endpoint.port, patient(60.0))
         try:
             yield wire
         finally:
@@ -278,7 +279,7 @@ def attached_bed(host: str, port: int) -> Iterator[Bed]:
     from kflex_repro.offload import attach
     from kflex_repro.offload import session as offload
 
-    client = redis.Redis(host=host, port=port, socket_timeout=10, socket_connect_timeout=5)
+    client = redis.Redis(host=host, port=port, socket_timeout=patient(10), socket_connect_timeout=patient(5))
     where = f"{host}:{port}"
     try:
         server = client.info("server")

@@ -16,6 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from kflex_repro.bench.load import PREFIX
+from kflex_repro.patience import patient
 
 CHECK_PREFIX = f"{PREFIX}chk:"
 COHERENT_OPS = ("SET", "GET", "GET", "GET", "APPEND", "INCR", "DEL", "SET")
@@ -50,8 +51,8 @@ class Wire:
     ``-ERR``).
     """
 
-    def __init__(self, host: str, port: int, timeout: float = 10.0) -> None:
-        self._sock = socket.create_connection((host, port), timeout)
+    def __init__(self, host: str, port: int, timeout: float | None = None) -> None:
+        self._sock = socket.create_connection((host, port), patient(10.0) if timeout is None else timeout)
         self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._file = self._sock.makefile("rb")
 
@@ -154,7 +155,7 @@ class Checker:
         """End the check and return what it found."""
         self._stop.set()
         if self._thread.is_alive():
-            self._thread.join(30.0)
+            self._thread.join(patient(30.0))
         if self._thread.is_alive():
             self._note("the checker's connection hangs: no answer within 30 s")
         return Checked(self._ops_done, self._mismatches, tuple(self._wrong))

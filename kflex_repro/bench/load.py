@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass
 from typing import Protocol
 
 from kflex_repro.errors import KflexError, Unavailable
+from kflex_repro.patience import patient
 
 PREFIX = "kflex:bench:"
 COUNTERS = 1000
@@ -175,7 +176,7 @@ class Child:
             with suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signum)
             with suppress(subprocess.TimeoutExpired):
-                self.process.wait(2.0)
+                self.process.wait(patient(2.0))
         for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
             if stream is not None:
                 with suppress(OSError):
@@ -253,7 +254,7 @@ def _reach(target: Target) -> None:
     address = target.unix_path or (target.host, target.port)
     try:
         with socket.socket(kind) as probe:
-            probe.settimeout(5.0)
+            probe.settimeout(patient(5.0))
             probe.connect(address)
     except OSError as error:
         where = target.unix_path or f"{target.host}:{target.port}"
@@ -286,7 +287,7 @@ class _RedisBenchmarkRun:
     def wait(self) -> Outcome:
         assert self._child is not None
         # A server this much slower than when it was calibrated is a failure, not a slow run.
-        return parse_redis_benchmark(self._child.finish(15 + 6 * self._seconds))
+        return parse_redis_benchmark(self._child.finish(patient(15 + 6 * self._seconds)))
 
     def stop(self) -> None:
         if self._child is not None:
@@ -339,7 +340,7 @@ class _WorkerRun:
         try:
             line = self._child.process.stdout.readline()
             if line.strip() != "ready":
-                self._child.finish(10.0)
+                self._child.finish(patient(10.0))
                 raise KflexError(f"{self._child.name} failed to start: {line.strip()[:120]!r}")
         except BaseException:
             self._child.stop()
@@ -352,7 +353,7 @@ class _WorkerRun:
         stdin.flush()
 
     def wait(self) -> Outcome:
-        return self._read(self._child.finish(15 + 3 * self._seconds))
+        return self._read(self._child.finish(patient(15 + 3 * self._seconds)))
 
     def _read(self, output: str) -> Outcome:
         line = _last_line(output)

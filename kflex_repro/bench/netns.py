@@ -15,6 +15,7 @@ from types import TracebackType
 
 from kflex_repro.errors import KflexError, Unavailable
 from kflex_repro.offload.netns import RUN, enter
+from kflex_repro.patience import patient
 
 _NAME = "kflexb-"
 
@@ -22,7 +23,12 @@ _NAME = "kflexb-"
 def _ip(*args: str) -> None:
     try:
         done = subprocess.run(
-            ["ip", *args], capture_output=True, text=True, timeout=20, start_new_session=True, check=False
+            ["ip", *args],
+            capture_output=True,
+            text=True,
+            timeout=patient(20),
+            start_new_session=True,
+            check=False,
         )
     except FileNotFoundError as error:
         raise Unavailable("ip is not installed", fix="run `make setup` (Debian: iproute2)") from error

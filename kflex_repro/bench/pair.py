@@ -15,6 +15,7 @@ from kflex_repro.bench.load import Job, Outcome, driver
 from kflex_repro.bench.result import Ratio, Recovery, ScenarioResult, Side
 from kflex_repro.bench.scenario import BURST_RUN_S, CALIBRATION_S, OVERHEAD_S, PREPARE_S, Scenario
 from kflex_repro.bench.stats import ShareSample, figure, pair_order, ratios, recovery_seconds
+from kflex_repro.patience import patient
 
 WARM_ENOUGH = 0.97
 _WARM_PASSES = 6
@@ -89,7 +90,7 @@ class Warmer:
             return 0.0
         keys = family_keys(family, scenario.keys)
         label = (family, scenario.value_bytes)
-        wire = Wire(bed.offload.host, bed.offload.port, 60.0)
+        wire = Wire(bed.offload.host, bed.offload.port, patient(60.0))
         try:
             wire.ask(b"PING")
             share = self._sample(bed, wire, keys)

@@ -19,6 +19,7 @@ from typing import IO
 
 from kflex_repro.build import cache
 from kflex_repro.errors import KflexError, Unavailable
+from kflex_repro.patience import patient
 
 CLANG_MINIMUM = (12,)
 BPFTOOL_MINIMUM = (5, 13)
@@ -50,7 +51,7 @@ def probe(name: str, path: str) -> Tool | None:
             check=False,
             capture_output=True,
             text=True,
-            timeout=20,
+            timeout=patient(20),
             stdin=subprocess.DEVNULL,
         )
     except (OSError, subprocess.TimeoutExpired):
@@ -176,7 +177,7 @@ def output(command: Sequence[str], env: Mapping[str, str] | None = None) -> str:
             capture_output=True,
             text=True,
             stdin=subprocess.DEVNULL,
-            timeout=120,
+            timeout=patient(120),
             env={**os.environ, "LC_ALL": "C", **(env or {})},
         )
     except FileNotFoundError:

@@ -248,17 +248,20 @@ def _watch(found: list[session.Session]) -> None:
 @click.option(
     "--timeout",
     type=click.FloatRange(0.1, 3600),
-    default=10.0,
-    show_default=True,
     metavar="S",
-    help="Seconds to wait for clients to read their replies.",
+    help="Seconds to wait for clients to read their replies [10].",
 )
 @click.option(
     "--force", is_flag=True, help="Do not wait: unread replies are lost, their clients wait for ever."
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be taken off; change nothing.")
 def stop(
-    port: int | None, pid: int | None, netns_name: str | None, timeout: float, force: bool, dry_run: bool
+    port: int | None,
+    pid: int | None,
+    netns_name: str | None,
+    timeout: float | None,
+    force: bool,
+    dry_run: bool,
 ) -> None:
     """Take the offload off: accepted SETs go into Redis, replies are read, nothing stays attached or pinned.
 

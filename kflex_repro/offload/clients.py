@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from kflex_repro.bpf.btf import Btf
 from kflex_repro.offload import link, netns
+from kflex_repro.patience import patient
 
 BATCH = 256
 # struct kflex_tuple: client's and server's address (IPv4 as v4-mapped), their ports in host order.
@@ -158,16 +159,17 @@ def batch(
     btf: Btf,
     cursor: int = 0,
     count: int = BATCH,
-    timeout: float = 5.0,
+    timeout: float | None = None,
     where: netns.Namespace | None = None,
 ) -> Batch:
     """The next ``count`` clients with ids above ``cursor``; ``where`` as for link.call().
 
     ConnectionError when no such server listens, KflexError when it does not answer.
     """
+    seconds = patient(5.0) if timeout is None else timeout
     fd = os.memfd_create("kflex-clients", os.MFD_CLOEXEC)
     try:
-        answer = link.call(run_id, "KFLEX_CLIENTS", btf, [fd], timeout, where, cursor=cursor, count=count)
+        answer = link.call(run_id, "KFLEX_CLIENTS", btf, [fd], seconds, where, cursor=cursor, count=count)
         link.require(answer, "list its clients")
         size = os.fstat(fd).st_size
         text = os.pread(fd, size, 0).decode(errors="replace") if size else ""

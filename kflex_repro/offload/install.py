@@ -21,6 +21,7 @@ from pathlib import Path
 from kflex_repro.errors import KflexError, os_failure
 from kflex_repro.offload.systemd import Need, Unit
 from kflex_repro.offload.target import Target
+from kflex_repro.patience import patient
 from kflex_repro.redis.server import redis_binary
 
 PREFIX = Path("/usr/lib/kflex-repro")
@@ -396,7 +397,7 @@ def try_start(config: Path, timeout: float = _VERIFY_S) -> None:
             start_new_session=True,
         )
         try:
-            said = _read_until(process, b"eady to accept connections", time.monotonic() + timeout)
+            said = _read_until(process, b"eady to accept connections", time.monotonic() + patient(timeout))
         finally:
             process.terminate()
             try:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from kflex_repro.bpf.btf import Btf
 from kflex_repro.errors import KflexError
 from kflex_repro.offload import netns
+from kflex_repro.patience import patient
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def call(
     verb: str,
     btf: Btf,
     fds: list[int] | None = None,
-    timeout: float = 10.0,
+    timeout: float | None = None,
     where: netns.Namespace | None = None,
     *,
     cursor: int = 0,
@@ -51,7 +52,7 @@ def call(
     place = where or netns.here()
 
     def ask() -> Answer:
-        return _ask(run_id, verb, btf, fds, timeout, cursor, count)
+        return _ask(run_id, verb, btf, fds, patient(10.0) if timeout is None else timeout, cursor, count)
 
     answer = netns.call(place, ask)
     user = netns.user_of(answer.pid) if answer.status == -errno.EPERM else None

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from kflex_repro.bpf import fs
 from kflex_repro.errors import KflexError
+from kflex_repro.patience import patient
 
 _NAME = "kflex"
 # A directory here says that we mounted bpffs, so that the last stop can take it away again.
@@ -83,7 +84,7 @@ def entered() -> Iterator[Path]:
 @contextlib.contextmanager
 def locked(place: Path) -> Iterator[bool]:
     """One start or stop at a time on this host. False, and no lock, where there is no such directory."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + patient(30)
     while True:
         try:
             fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY)

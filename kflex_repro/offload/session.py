@@ -19,6 +19,7 @@ from kflex_repro.bpf.maps import Map
 from kflex_repro.bpf.object import Object
 from kflex_repro.errors import KflexError, Unavailable
 from kflex_repro.offload import adopt, link, netns, places, recover, target
+from kflex_repro.patience import patient
 
 OBJECT = "offload_local"
 MAPS = (
@@ -345,13 +346,14 @@ class Session:
             with programs[name].attach_cgroup(root) if name == _ENROL else programs[name].attach() as made:
                 made.pin(self.pin_dir / name)
 
-    def stop(self, timeout: float = 10.0, force: bool = False) -> None:
+    def stop(self, timeout: float | None = None, force: bool = False) -> None:
         """Take the offload off: all that the kernel accepted is in Redis, every reply read, nothing stays.
 
-        Waits up to ``timeout`` seconds for clients to read the replies in their sockets; KflexError if
+        Waits up to ``timeout`` [10] seconds for clients to read the replies in their sockets; KflexError if
         some do not (the offload then stays disabled and attached; ``force`` drops those replies instead), or
         if the server died with SETs that are not in its AOF (``force`` drops them).
         """
+        timeout = patient(10.0) if timeout is None else timeout
         deadline = time.monotonic() + timeout
         if not force:
             self.keep_leftovers()
@@ -538,7 +540,7 @@ def _wait_gone(programs: list[int], timeout: float = 3.0) -> None:
     """The kernel frees programs after a grace period: wait, so that whoever looks next sees none."""
     from kflex_repro.bpf import libbpf
 
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + patient(timeout)
     for number in programs:
         while time.monotonic() < deadline:
             fd = libbpf.library().bpf_prog_get_fd_by_id(number)

@@ -12,6 +12,7 @@ from redis.retry import Retry
 
 from kflex_repro.errors import KflexError
 from kflex_repro.offload import netns
+from kflex_repro.patience import patient
 
 _NO_LOGIN = (
     "give it: --askpass, or in the environment variable REDISCLI_AUTH (--user NAME for another than default)"
@@ -61,7 +62,7 @@ class Target:
 def probe(
     port: int,
     host: str = "127.0.0.1",
-    timeout: float = 3.0,
+    timeout: float | None = None,
     login: Login | None = None,
     inside: netns.Namespace | None = None,
 ) -> Target:
@@ -71,7 +72,8 @@ def probe(
     whatever is not a usable Redis, or does not let us in.
     """
     namespace = inside or netns.here()
-    return netns.call(namespace, lambda: _probe(port, host, timeout, login, namespace))
+    seconds = patient(3.0) if timeout is None else timeout
+    return netns.call(namespace, lambda: _probe(port, host, seconds, login, namespace))
 
 
 def _probe(port: int, host: str, timeout: float, login: Login | None, namespace: netns.Namespace) -> Target:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from kflex_repro.errors import KflexError
 from kflex_repro.offload import netns
+from kflex_repro.patience import patient
 from kflex_repro.probe import process
 
 # The name of the program, or what it calls itself; Debian's redis-server is a link to redis-check-rdb.
@@ -65,7 +66,7 @@ def _speaks_redis(port: int, where: netns.Namespace) -> bool:
     """Whether the answer to a PING is Redis's: only asked where the process has another name than we know."""
 
     def ask() -> bytes:
-        with socket.create_connection(("127.0.0.1", port), timeout=_ASK_S) as probe:
+        with socket.create_connection(("127.0.0.1", port), timeout=patient(_ASK_S)) as probe:
             probe.sendall(b"PING\r\n")
             return probe.recv(64)
 

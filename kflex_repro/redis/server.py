@@ -22,6 +22,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from kflex_repro.errors import KflexError, Unavailable
+from kflex_repro.patience import patient
 from kflex_repro.redis.resp import encode_command
 
 # Versions whose event loop was read and found to order module events, commands and replies as the gate needs.
@@ -48,7 +49,7 @@ def _version_of(binary: Path) -> tuple[int, int, int]:
             [binary, "--version"],
             capture_output=True,
             text=True,
-            timeout=20,
+            timeout=patient(20),
             check=True,
             stdin=subprocess.DEVNULL,
         ).stdout
@@ -170,10 +171,10 @@ class ManagedServer:
 
     # --- life ----------------------------------------------------------------------------------------------
 
-    def start(self, timeout: float = 20.0) -> ManagedServer:
+    def start(self, timeout: float | None = None) -> ManagedServer:
         """Start, and wait until PING is answered. After kill() it starts again: same port, directory, log.
 
-        KflexError, with the server's last words, if it exits or takes longer than ``timeout`` seconds.
+        KflexError, with the server's last words, if it exits or takes longer than ``timeout`` [20] seconds.
         """
         if self.running:
             raise KflexError("the redis-server runs already", f"pid {self.pid}")
@@ -188,7 +189,7 @@ class ManagedServer:
                 self._port = free_port()
             self._spawn()
             try:
-                self._wait_ready(timeout)
+                self._wait_ready(patient(20.0) if timeout is None else timeout)
                 return self
             except _PortTaken:
                 if self._fixed_port is not None:
@@ -234,7 +235,7 @@ class ManagedServer:
     def _answers(self) -> bool:
         try:
             with self._connect() as probe:
-                probe.settimeout(1)
+                probe.settimeout(patient(1))
                 if self.password is not None:
                     probe.sendall(encode_command("AUTH", self.password))
                     if not probe.recv(64).startswith(b"+OK"):
@@ -268,7 +269,7 @@ class ManagedServer:
                 raise
             return connection
         # The server binds to what it was told: ask where it listens, not always on 127.0.0.1.
-        return socket.create_connection((self._host(), self.port), timeout=1)
+        return socket.create_connection((self._host(), self.port), timeout=patient(1))
 
     def _host(self) -> str:
         first = self._bind.split()[0].lstrip("-")
@@ -291,7 +292,7 @@ class ManagedServer:
         if "username" not in kw:
             kw.setdefault("password", self.password)
         kw.setdefault("retry", Retry(NoBackoff(), 0))
-        kw.setdefault("socket_timeout", 30)
+        kw.setdefault("socket_timeout", patient(30))
         kw.setdefault("decode_responses", False)
         if self._netns:
             return redis.Redis(unix_socket_path=str(self.unix_path), **kw)
@@ -304,15 +305,15 @@ class ManagedServer:
                 self._process.kill()
             self._process.wait()
 
-    def stop(self, timeout: float = 10.0) -> None:
-        """SIGTERM, after ``timeout`` seconds SIGKILL; then remove what was temporary. No error twice."""
+    def stop(self, timeout: float | None = None) -> None:
+        """SIGTERM, after ``timeout`` [10] seconds SIGKILL; then remove what was temporary. No error twice."""
         if self._process is not None and self._process.poll() is None:
             # A stopped (SIGSTOP) server would sit on its SIGTERM.
             for signum in (signal.SIGTERM, signal.SIGCONT):
                 with contextlib.suppress(ProcessLookupError):
                     self._process.send_signal(signum)
             try:
-                self._process.wait(timeout)
+                self._process.wait(patient(10.0) if timeout is None else timeout)
             except subprocess.TimeoutExpired:
                 self.kill()
         if self._home is not None:

@@ -96,3 +96,25 @@ def test_without_root_the_rows_that_need_it_are_named() -> None:
     assert facts["sk_msg"]["state"] == "missing" and facts["sk_msg"]["fix"] == "run as root"
     assert facts["tcx"]["state"] == "degraded" and facts["sk_msg"]["needs_root"]
     assert facts["cache"]["state"] == "missing" and facts["capabilities"]["state"] == "missing"
+
+
+def test_what_a_vm_has_of_its_own_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "is_root", lambda: True)
+
+    def refuse() -> str:
+        raise os_failure("bpf_prog_load", 1)
+
+    def none() -> Path:
+        raise Unavailable("no clang found", fix="apt install clang")
+
+    for name in ("mmapable", "sockops", "sk_msg", "tp_btf", "iter_tcp"):
+        monkeypatch.setattr(host.probe, name, lambda: "supported")
+    monkeypatch.setattr(host.probe, "sk_msg", refuse)
+    monkeypatch.setattr(host.toolchain, "clang", none)
+    lacking = {fact.key for fact in host.refused()}
+    assert "sk_msg" in lacking and "clang" not in lacking
+    assert "clang" in {fact.key for fact in host.missing()}
+    assert host.refusal().startswith("this host refuses BPF") and "BPF sk_msg" in host.refusal()
+    assert "\n" not in host.refusal()
+    monkeypatch.setattr(host, "is_root", lambda: False)
+    assert host.refusal().startswith("this user may not use BPF")
