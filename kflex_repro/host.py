@@ -471,8 +471,8 @@ def _distribution() -> str:
         return "unknown"
 
 
-def summary() -> dict[str, object]:
-    """What a result records about the machine, JSON-ready; nothing that names it."""
+def machine() -> dict[str, object]:
+    """What this machine is, JSON-ready; nothing that names it."""
     hypervisor = bool(re.search(r"^flags\s*:.*\bhypervisor\b", Path("/proc/cpuinfo").read_text(), re.M))
     return {
         "kernel": platform.release(),
@@ -483,8 +483,13 @@ def summary() -> dict[str, object]:
         "ram_bytes": memory.meminfo()["MemTotal"],
         "virtual": hypervisor,
         "emulated": emulated(),
-        "facts": {found.key: {"state": found.state, "value": found.value} for found in facts()},
     }
+
+
+def summary() -> dict[str, object]:
+    """What a result records about the machine, JSON-ready: machine() and what doctor finds."""
+    found = {one.key: {"state": one.state, "value": one.value} for one in facts()}
+    return {**machine(), "facts": found}
 
 
 def refused() -> tuple[Fact, ...]:

@@ -5,31 +5,30 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.markup import escape
 from rich.table import Table
 
-from kflex_repro.bench.result import ScenarioResult, read_result
+from kflex_repro import patience
+from kflex_repro.bench.mark import emulated, mark
+from kflex_repro.bench.place import Place, choose
+from kflex_repro.bench.progress import duration, finished_line, many, planned, progress_bar, running
+from kflex_repro.bench.result import read_result
 from kflex_repro.bench.run import Clock, Events, Options, Plan, Run, check_host, make_plan
 from kflex_repro.bench.scenario import Scenario, estimate, load_scenarios
-from kflex_repro.bench.summary import HEADINGS, closing_line, missed_targets, number, rows
+from kflex_repro.bench.summary import closing_line, headings, missed_targets, rows
 from kflex_repro.errors import KflexError
 
 
 @click.group()
 def group() -> None:
     """Benchmark plain Redis against the offload, and servers with probes against servers without."""
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 @group.command("redis")
@@ -59,6 +58,13 @@ def _duration(seconds: float) -> str:
     is_flag=True,
     help="Also what requests take inside the server: queueing, execution, reply.",
 )
+@click.option(
+    "--vm/--no-vm",
+    "vm",
+    default=None,
+    help="In a small VM, or by no means [where this host refuses BPF, in a VM].",
+)
+@click.option("--raw", is_flag=True, hidden=True, help="The guest's part of --vm.")
 def redis(
     attach: str | None,
     quick: bool,
@@ -73,6 +79,8 @@ def redis(
     keys: int | None,
     port: int | None,
     with_probe: bool,
+    vm: bool | None,
+    raw: bool,
 ) -> None:
     """Compare redis-server alone with the same redis-server and GET and SET served in the kernel.
 
@@ -80,34 +88,101 @@ def redis(
     over TCP and over its unix socket, checks answers all the while, and writes result.json, report.html and
     PNGs. Ctrl-C keeps what was completed.
 
+    Where this host refuses BPF (not root, a container, an old kernel: `kflex-repro doctor`) it runs in a VM
+    with the distribution's stock kernel, as any user; nothing is installed, and Ctrl-C ends it all. Without
+    KVM the VM is emulated: then fewer and smaller scenarios are run, to see that all works and all answers
+    are right, and no figure says how fast.
+
     Exit codes: 0 all answers right, 1 wrong answers or a failure, 2 usage, 3 this machine cannot, 130 Ctrl-C.
     """
     if list_them:
         _print_list(load_scenarios(), as_json)
         return
-    plan = make_plan(Options(attach, quick, names, pairs, seconds, netns, out, keys, port, with_probe))
-    if dry_run:
-        _print_plan(plan, as_json)
+    options = Options(attach, quick, names, pairs, seconds, netns, out, keys, port, with_probe)
+    options = replace(options, emulated=patience.emulated())
+    plan = make_plan(options)
+    if raw:
+        _in_guest(options)
         return
-    check_host()
+    place = choose(vm, attach)
+    if dry_run:
+        _print_plan(make_plan(replace(options, emulated=True)) if place.vm else plan, place, as_json)
+        return
     errors = Console(stderr=True, highlight=False)
-    errors.print(_announcement(plan), soft_wrap=True)
-    with _progress(plan.estimate_s, errors) as events:
-        run = Run(plan, _command(), events)
-        try:
-            result = run.execute()
-        except BaseException:
-            _say_what_is_left(run, plan, errors)
-            raise
-    document = result.to_json()
+    if place.vm:
+        document = _in_vm(options, plan.out, place, errors)
+    else:
+        document = _here(plan, errors)
     if as_json:
         click.echo(json.dumps(document, indent=1))
     else:
         _print_table(document, Console(highlight=False))
     errors.print(f"report: {plan.out / 'report.html'}", soft_wrap=True)
     click.echo(closing_line(document), err=as_json)
+    if any(scenario["checked"]["mismatches"] for scenario in document["scenarios"]):
+        sys.exit(1)
+
+
+def _here(plan: Plan, errors: Console) -> dict[str, Any]:
+    check_host()
+    errors.print(_announcement(plan), soft_wrap=True)
+    with running(plan.estimate_s, errors) as events:
+        run = Run(plan, _command(), events)
+        try:
+            return run.execute().to_json()
+        except BaseException:
+            _say_what_is_left(run, plan, errors)
+            raise
+
+
+def _in_guest(options: Options) -> None:
+    from kflex_repro.bench import guest
+
+    check_host()
+    plan = make_plan(replace(options, out=guest.out_directory()))
+    guest.say(**plan.to_json())
+    events = Events(
+        lambda seconds, text: guest.say(done_s=seconds, text=text),
+        lambda result: guest.say(line=finished_line(result)),
+    )
+    run = Run(plan, _command(), events, report=False)
+    run.execute()
     if run.mismatches:
         sys.exit(1)
+
+
+def _in_vm(options: Options, out: Path, place: Place, errors: Console) -> dict[str, Any]:
+    from kflex_repro.bench import guest
+
+    noted: set[str] = set()
+
+    def note(line: str) -> None:
+        # Preparing boots a guest, too, and finds the same.
+        if line not in noted:
+            noted.add(line)
+            errors.print(escape(f"  {line}"), soft_wrap=True)
+
+    errors.print(escape(f"{place.why}: running in a VM; results in {out}"), soft_wrap=True)
+    with progress_bar(errors) as bar:
+        task = bar.add_task("looking for a kernel", total=1.0, left="")
+        clock: Clock | None = None
+
+        def event(said: Mapping[str, Any]) -> None:
+            nonlocal clock
+            if "estimate_s" in said:
+                clock = Clock(said["estimate_s"])
+                kind = ", emulated: to see that it works, not how fast" if said["emulated"] else ""
+                text = planned(len(said["scenarios"]), said["pairs"], said["runs"], clock.left_s)
+                errors.print(text + kind, soft_wrap=True)
+            if "line" in said:
+                errors.print(said["line"], soft_wrap=True)
+            if "text" in said:
+                bar.update(task, description=escape(said["text"]))
+            if "done_s" in said and clock is not None:
+                clock.advance(said["done_s"])
+                bar.update(task, completed=clock.share, left=f"{duration(clock.left_s)} left")
+
+        return guest.Guest(options, out, _command(), event, note).execute()
 
 
 @group.command("report")
@@ -171,7 +246,7 @@ def probe(
     plan = probe_run.make_plan(probe_run.Options(quick, ops, arms, pairs, seconds, out))
     text = (
         f"{', '.join(op.name for op in plan.study.ops)}; {', '.join(plan.arms)}; "
-        f"{_many(plan.pairs, 'pair')}: {plan.runs} runs, about {_duration(plan.estimate_s)}; results in "
+        f"{many(plan.pairs, 'pair')}: {plan.runs} runs, about {duration(plan.estimate_s)}; results in "
         f"{plan.out}"
     )
     if dry_run:
@@ -180,7 +255,7 @@ def probe(
     probe_run.check_host()
     errors = Console(stderr=True, highlight=False)
     errors.print(text, soft_wrap=True)
-    with _progress(plan.estimate_s, errors) as events:
+    with running(plan.estimate_s, errors) as events:
         run = probe_run.Run(plan, _command(), events.step)
         try:
             document = run.execute()
@@ -208,6 +283,7 @@ def _print_probes(document: Mapping[str, Any], console: Console) -> None:
         table.add_column(heading, justify="left" if index < 3 else "right", no_wrap=True)
     for row in probe_report.rows(document):
         table.add_row(*row)
+    _print_mark(document, console)
     console.print(table)
     for goal in document["goals"]:
         what, bound, measured, met = probe_report.goal_parts(goal)
@@ -220,52 +296,12 @@ def _command() -> str:
     return shlex.join(["kflex-repro", *sys.argv[1:]])
 
 
-def _many(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
 def _announcement(plan: Plan) -> str:
-    where = f"on {plan.attach[0]}:{plan.attach[1]}" if plan.attach else "on servers of our own"
-    text = (
-        f"{_many(len(plan.scenarios), 'scenario')} × {_many(plan.pairs, 'pair')} {where}: {plan.runs} runs, "
-        f"about {_duration(plan.estimate_s)}; results in {plan.out}"
-    )
+    where = f" on {plan.attach[0]}:{plan.attach[1]}" if plan.attach else " on servers of our own"
+    text = planned(len(plan.scenarios), plan.pairs, plan.runs, plan.estimate_s, where)
+    text += f"; results in {plan.out}"
     if plan.attach:
         text += "\nonly keys that begin with kflex:bench: are written; they are deleted afterwards"
-    return text
-
-
-@contextmanager
-def _progress(estimate_s: float, console: Console) -> Iterator[Events]:
-    clock = Clock(estimate_s)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[left]}"),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("starting", total=1.0, left="")
-
-        def step(seconds: float, text: str) -> None:
-            clock.advance(seconds)
-            bar.update(task, completed=clock.share, description=text, left=f"{_duration(clock.left_s)} left")
-
-        def finished(result: ScenarioResult) -> None:
-            bar.console.print(_finished_line(result), soft_wrap=True)
-
-        yield Events(step, finished)
-
-
-def _finished_line(result: ScenarioResult) -> str:
-    ratio = result.ratio.rps
-    text = f"  {result.scenario.name}: " + (f"{number(ratio.median)}× plain Redis" if ratio else "no ratio")
-    if result.served_in_kernel is not None:
-        text += f", {result.served_in_kernel:.1%} in the kernel"
-    if result.recovery and result.recovery.seconds:
-        text += f", served share back after {number(result.recovery.seconds.median)} s"
-    if result.mismatches:
-        text += f", [bold red]{result.mismatches} WRONG ANSWERS[/]"
     return text
 
 
@@ -281,13 +317,16 @@ def _say_what_is_left(run: Run, plan: Plan, console: Console) -> None:
 def _print_table(document: Mapping[str, Any], console: Console) -> None:
     table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("scenario", overflow="fold")
-    for heading in HEADINGS:
+    for heading in headings(document):
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows(document):
         style = "bold red" if row.wrong else None
         table.add_row(row.name, *row.cells, style=style)
     if not console.is_terminal:
         console.width = 160
+    _print_mark(document, console)
+    if emulated(document):
+        console.print("requests answered, and of the offload's the share answered in the kernel:")
     console.print(table)
     _print_inside(document, console)
     missed = missed_targets(document)
@@ -298,6 +337,11 @@ def _print_table(document: Mapping[str, Any], console: Console) -> None:
     for note in document["notes"]:
         console.print(f"note: {note}", style="dim", soft_wrap=True)
     console.print()
+
+
+def _print_mark(document: Mapping[str, Any], console: Console) -> None:
+    if text := mark(document):
+        console.print(text, style="bold yellow" if emulated(document) else "bold", soft_wrap=True)
 
 
 def _print_inside(document: Mapping[str, Any], console: Console) -> None:
@@ -337,14 +381,16 @@ def _print_list(scenarios: tuple[Scenario, ...], as_json: bool) -> None:
         against = ", ".join(("TCP", *s.peers))
         table.add_row(s.name, s.about, s.driver, against, expected, marks)
     console.print(table)
-    whole = _duration(estimate(scenarios, 5, 3.0))
+    whole = duration(estimate(scenarios, 5, 3.0))
     console.print(f"\n{len(scenarios)} scenarios; all of them (with --netns) take about {whole}")
 
 
-def _print_plan(plan: Plan, as_json: bool) -> None:
+def _print_plan(plan: Plan, place: Place, as_json: bool) -> None:
     if as_json:
-        click.echo(json.dumps(plan.to_json(), indent=1))
+        click.echo(json.dumps({**plan.to_json(), "vm": place.vm}, indent=1))
         return
+    if place.vm:
+        click.echo(f"{place.why}: would boot a VM and run there (without KVM; with it, what a host runs)")
     click.echo(_announcement(plan))
     for scenario in plan.scenarios:
         click.echo(f"  {scenario.name}: {scenario.about} ({', '.join(scenario.arms)})")

@@ -15,7 +15,7 @@ from kflex_repro.bench.load import Job, Outcome, driver
 from kflex_repro.bench.result import Ratio, Recovery, ScenarioResult, Side
 from kflex_repro.bench.scenario import BURST_RUN_S, CALIBRATION_S, OVERHEAD_S, PREPARE_S, Scenario
 from kflex_repro.bench.stats import ShareSample, figure, pair_order, ratios, recovery_seconds
-from kflex_repro.patience import patient
+from kflex_repro.patience import FACTOR, emulated, patient
 
 WARM_ENOUGH = 0.97
 _WARM_PASSES = 6
@@ -70,7 +70,8 @@ def family_of(scenario: Scenario) -> str | None:
 
 def first_guess(scenario: Scenario) -> float:
     """Requests/s to calibrate with: low enough that the calibration run stays short on a slow machine."""
-    return (10_000 if scenario.clients < 10 else 40_000) * (3 if scenario.pipeline > 1 else 1)
+    guess = (10_000 if scenario.clients < 10 else 40_000) * (3 if scenario.pipeline > 1 else 1)
+    return guess / (2 * FACTOR if emulated() else 1)
 
 
 class Warmer:
@@ -247,6 +248,7 @@ class Pairs:
             set_in_redis_ms=figure(self.column("offload", lambda run: run.oldest_set_ms)),
             recovery=self.recovery(),
             inside=self.inside(),
+            requests={arm: sum(pair[arm].outcome.ops for pair in self.done) for arm in self.done[0]},
         )
 
     def inside(self) -> dict[str, dict[str, Inside]]:

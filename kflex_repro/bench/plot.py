@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter
 
+from kflex_repro.bench.canvas import Theme, canvas, headline, legend, log_ticks, png
+from kflex_repro.bench.mark import emulated
 from kflex_repro.bench.summary import count, median_of, number
 
 Document = Mapping[str, Any]
@@ -25,46 +20,6 @@ Scenario = Mapping[str, Any]
 
 ARMS = ("baseline", "unix", "offload")
 ARM_NAMES = {"baseline": "Redis, TCP", "unix": "Redis, unix socket", "offload": "Redis + offload"}
-_DPI = 144
-_WIDTH_IN = 9.5
-_TOP_IN = 0.95
-_BOTTOM_IN = 0.48
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours; the three arms stay apart for colour-blind readers, and in grey."""
-
-    name: str
-    background: str
-    ink: str
-    faint: str
-    grid: str
-    arms: Mapping[str, str]
-    good: str
-    bad: str
-
-
-LIGHT = Theme(
-    name="light",
-    background="#ffffff",
-    ink="#1c2128",
-    faint="#59636e",
-    grid="#e3e7ec",
-    arms={"baseline": "#8b949e", "unix": "#d99a2b", "offload": "#0b62c4"},
-    good="#1a7f37",
-    bad="#c4320a",
-)
-DARK = Theme(
-    name="dark",
-    background="#14181d",
-    ink="#e6ebf0",
-    faint="#9aa5b1",
-    grid="#2b323b",
-    arms={"baseline": "#7d8791", "unix": "#e0aa48", "offload": "#58a6ff"},
-    good="#3fb950",
-    bad="#ff7b54",
-)
 
 
 def _side(scenario: Scenario, arm: str) -> Mapping[str, Any] | None:
@@ -80,79 +35,11 @@ def _label(scenario: Scenario) -> str:
     return textwrap.fill(str(scenario.get("about") or scenario["name"]), 36)
 
 
-def canvas(
-    heights: Sequence[float], theme: Theme, columns: int = 1, *, left: float = 0.34, titled: bool = False
-) -> tuple[Figure, list[list[Axes]]]:
-    """A figure with a row of axes per entry of ``heights`` (inches); ``titled``: room for axes titles."""
-    gap = 0.75
-    top = _TOP_IN + (0.25 if titled else 0)
-    total = sum(heights) + gap * (len(heights) - 1) + top + _BOTTOM_IN
-    figure = Figure(figsize=(_WIDTH_IN, total), dpi=_DPI, facecolor=theme.background)
-    grid = figure.add_gridspec(
-        len(heights),
-        columns,
-        height_ratios=list(heights),
-        left=left,
-        right=0.965,
-        top=1 - top / total,
-        bottom=_BOTTOM_IN / total,
-        hspace=gap / (sum(heights) / len(heights)),
-        wspace=0.12,
-    )
-    axes = [
-        [figure.add_subplot(grid[row, column]) for column in range(columns)] for row in range(len(heights))
-    ]
-    for row in axes:
-        for axis in row:
-            _style(axis, theme)
-    return figure, axes
-
-
-def _style(axis: Axes, theme: Theme) -> None:
-    axis.set_facecolor(theme.background)
-    for side in ("top", "right", "left"):
-        axis.spines[side].set_visible(False)
-    axis.spines["bottom"].set_color(theme.grid)
-    axis.tick_params(axis="both", which="both", length=0, colors=theme.faint, labelsize=8.5)
-    axis.grid(axis="x", color=theme.grid, linewidth=0.8)
-    axis.set_axisbelow(True)
-
-
 def _rows(axis: Axes, scenarios: Sequence[Scenario], theme: Theme, *, labels: bool = True) -> None:
     axis.set_ylim(len(scenarios) - 0.45, -0.55)
     axis.set_yticks(range(len(scenarios)))
     axis.set_yticklabels([_label(s) for s in scenarios] if labels else [""] * len(scenarios))
     axis.tick_params(axis="y", colors=theme.ink, labelsize=8.8, pad=6)
-
-
-def headline(figure: Figure, theme: Theme, title: str, subtitle: str) -> None:
-    """Title and subtitle."""
-    height = figure.get_figheight()
-    figure.text(0.012, 1 - 0.14 / height, title, color=theme.ink, fontsize=13, weight="bold", va="top")
-    figure.text(0.012, 1 - 0.41 / height, subtitle, color=theme.faint, fontsize=8.8, va="top")
-
-
-def legend(figure: Figure, theme: Theme, handles: Sequence[Any]) -> None:
-    """Above the plot, below the title."""
-    height = figure.get_figheight()
-    figure.legend(
-        handles=handles,
-        loc="upper left",
-        bbox_to_anchor=(0.003, 1 - 0.55 / height),
-        ncols=len(handles),
-        frameon=False,
-        fontsize=8.8,
-        labelcolor=theme.ink,
-        handlelength=1.2,
-        columnspacing=1.6,
-    )
-
-
-def png(figure: Figure) -> bytes:
-    """The figure as a file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI, facecolor=figure.get_facecolor())
-    return buffer.getvalue()
 
 
 def _arm_handles(arms: Sequence[str], theme: Theme) -> list[Any]:
@@ -207,7 +94,8 @@ def throughput(document: Document, theme: Theme) -> bytes | None:
         _rows(axis, scenarios, theme)
         if len(panels) > 1:
             axis.set_title(name, loc="left", fontsize=9, color=theme.faint, pad=6)
-    headline(figure, theme, "Throughput", "requests per second, closed loop; median, and range over the runs")
+    subtitle = "requests per second, closed loop; median, and range over the runs"
+    headline(figure, theme, "Throughput", subtitle, document)
     legend(figure, theme, _arm_handles(arms, theme))
     return png(figure)
 
@@ -238,25 +126,14 @@ def latency(document: Document, theme: Theme) -> bytes | None:
     axis.set_xscale("log")
     log_ticks(axis, lambda value: f"{number(value * 1000)} µs" if value < 1 else f"{number(value)} ms")
     _rows(axis, scenarios, theme)
-    headline(
-        figure, theme, "Latency", "medians over the runs; logarithmic. Pipelined rows time a whole batch"
-    )
+    subtitle = "medians over the runs; logarithmic. Pipelined rows time a whole batch"
+    headline(figure, theme, "Latency", subtitle, document)
     markers: list[Any] = [
         Line2D([], [], color=theme.faint, marker=marker, linestyle="none", markersize=5, label=name)
         for _, marker, name in _PERCENTILES
     ]
     legend(figure, theme, [*_arm_handles(arms, theme), *markers])
     return png(figure)
-
-
-def log_ticks(axis: Axes, text: Callable[[float], str]) -> None:
-    """1, 2 and 5 of each decade, as ``text`` has them."""
-    axis.xaxis.set_major_locator(LogLocator(base=10, subs=(1.0, 2.0, 5.0), numticks=24))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
-    axis.xaxis.set_minor_formatter(NullFormatter())
-    low, high = axis.get_xlim()
-    if high / low > 300:
-        axis.xaxis.set_major_locator(LogLocator(base=10, numticks=24))
 
 
 def cpu(document: Document, theme: Theme) -> bytes | None:
@@ -291,6 +168,7 @@ def cpu(document: Document, theme: Theme) -> bytes | None:
         theme,
         "CPU per operation",
         "µs: whole machine (pale), of it redis-server (solid, in brackets)",
+        document,
     )
     legend(figure, theme, _arm_handles(arms, theme))
     return png(figure)
@@ -351,6 +229,7 @@ def ratio(document: Document, theme: Theme) -> bytes | None:
         theme,
         "Offload divided by plain Redis over TCP",
         "pair by pair: median and range; 1× is plain Redis",
+        document,
     )
     handles = [
         Line2D(
@@ -418,11 +297,34 @@ def recovery(document: Document, theme: Theme) -> bytes | None:
         theme,
         "Recovery",
         "share of all requests served in the kernel, in windows of 50 ms (first run)",
+        document,
     )
     return png(figure)
 
 
+def served(document: Document, theme: Theme) -> bytes | None:
+    """The share of requests that the kernel answered: what an emulated run has to show instead of ratios."""
+    scenarios = [s for s in document["scenarios"] if s["offload"].get("served_in_kernel") is not None]
+    if not scenarios or not emulated(document):
+        return None
+    figure, [[axis]] = canvas([0.3 * len(scenarios) + 0.1], theme)
+    for row, scenario in enumerate(scenarios):
+        share = scenario["offload"]["served_in_kernel"] * 100
+        axis.barh(row, share, height=0.6, color=theme.arms["offload"])
+        axis.annotate(
+            f"{share:.1f} %", (share, row), xytext=(4, 0), textcoords="offset points", va="center",
+            fontsize=7.6, color=theme.ink,
+        )  # fmt: skip
+    axis.set_xlim(0, 109)
+    axis.set_xticks([0, 25, 50, 75, 100])
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+    _rows(axis, scenarios, theme)
+    headline(figure, theme, "Served in the kernel", "share of the requests of the offload's runs", document)
+    return png(figure)
+
+
 PLOTS: Mapping[str, Callable[[Document, Theme], bytes | None]] = {
+    "served": served,
     "throughput": throughput,
     "ratio": ratio,
     "latency": latency,

@@ -10,7 +10,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter
 
-from kflex_repro.bench.plot import Theme, canvas, headline, legend, log_ticks, png
+from kflex_repro.bench.canvas import Theme, canvas, headline, legend, log_ticks, png
+from kflex_repro.bench.mark import emulated
 from kflex_repro.bench.probe_arms import LABELS, OPTIONS, PLAIN
 from kflex_repro.bench.summary import count, number
 
@@ -67,7 +68,7 @@ def throughput(document: Document, theme: Theme) -> bytes | None:
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value) if value else "0"))
     _op_rows(axis, document, theme, True)
     subtitle = f"requests per second, {document['loads']['saturation']}; median, and range over the runs"
-    headline(figure, theme, "Throughput with and without probes", subtitle)
+    headline(figure, theme, "Throughput with and without probes", subtitle, document)
     legend(figure, theme, _handles(arms))
     return png(figure)
 
@@ -75,7 +76,7 @@ def throughput(document: Document, theme: Theme) -> bytes | None:
 def cost(document: Document, theme: Theme) -> bytes | None:
     """Our modes divided by no probe at saturation, with the goals and the noise of the machine."""
     arms = [arm for arm in document["arms"] if arm in OPTIONS]
-    if "saturation" not in document["loads"] or not document["ops"] or not arms:
+    if "saturation" not in document["loads"] or not document["ops"] or not arms or emulated(document):
         return None
     height = (0.26 * len(arms) + 0.2) * len(document["ops"])
     figure, [axes] = canvas([height], theme, 2, left=0.2, titled=True)
@@ -112,6 +113,7 @@ def cost(document: Document, theme: Theme) -> bytes | None:
     headline(
         figure, theme, "What our probes cost at saturation",
         "change to the run without a probe beside it: median, every pair; grey: plain runs among themselves",
+        document,
     )  # fmt: skip
     marks = [
         Line2D(
@@ -144,7 +146,7 @@ def latency(document: Document, theme: Theme) -> bytes | None:
         axis.set_title(document["loads"][load], loc="left", fontsize=9, color=theme.faint, pad=6)
         _op_rows(axis, document, theme, True)
     subtitle = "as the client sees it: p50 (●) and p99 (◆), medians over the runs; logarithmic"
-    headline(figure, theme, "Latency with and without probes", subtitle)
+    headline(figure, theme, "Latency with and without probes", subtitle, document)
     legend(figure, theme, _handles(arms))
     return png(figure)
 

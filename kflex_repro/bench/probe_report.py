@@ -8,9 +8,10 @@ from statistics import median
 from typing import Any
 
 from kflex_repro.bench import probe_plot
-from kflex_repro.bench.plot import DARK, LIGHT
+from kflex_repro.bench.canvas import DARK, LIGHT
+from kflex_repro.bench.mark import EMULATED, emulated
 from kflex_repro.bench.probe_arms import LABELS, PLAIN, SAMPLE, bpftrace_program
-from kflex_repro.bench.report import MARKS, escaped, host_table, html_table, image, page
+from kflex_repro.bench.report import MARKS, escaped, host_table, html_table, image, marked, page
 from kflex_repro.bench.scenario import data_dir, read_toml
 from kflex_repro.bench.summary import count, median_of, number
 from kflex_repro.files import write_atomically
@@ -78,6 +79,8 @@ def goal_parts(goal: Mapping[str, Any]) -> tuple[str, str, str, bool | None]:
 
 def verdict(document: Document) -> str:
     """One line: how many goals were met, and which were not."""
+    if emulated(document):
+        return EMULATED
     goals = document["goals"]
     known = [goal for goal in goals if goal["met"] is not None]
     if not known:
@@ -275,8 +278,7 @@ def render(document: Document) -> str:
         parts.append('<p class="missed">This run was cut short: what follows is what it had completed.</p>')
     if document["quick"]:
         parts.append('<p class="faint">A quick run: too short to tell a few per cent apart.</p>')
-    if document["host"].get("emulated"):
-        parts.append('<p class="missed">Measured on an emulated CPU: says nothing about real machines.</p>')
+    parts += marked(document)
     if line := doubt(document):
         parts.append(f'<p class="missed">{escaped(line)}.</p>')
     if document["goals"]:
@@ -301,10 +303,13 @@ def render(document: Document) -> str:
     ]
     if document["programs"]:
         parts += ["<h2>Where the cost goes</h2>", _programs(document)]
+    if not emulated(document):
+        parts += [
+            '<section class="others"><h2>Published figures of the old monitor</h2>',
+            _published(document),
+            "</section>",
+        ]
     parts += [
-        '<section class="others"><h2>Published figures of the old monitor</h2>',
-        _published(document),
-        "</section>",
         "<h2>How it was measured</h2><ul>"
         + "".join(f"<li>{escaped(line)}</li>" for line in _METHOD)
         + "</ul>",

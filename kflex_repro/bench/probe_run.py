@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from kflex_repro.bench.cpu import CpuCost, CpuMeter
 from kflex_repro.bench.load import PREFIX, Outcome, Target, driver, redis_benchmark_binary
+from kflex_repro.bench.mark import without_ratios
 from kflex_repro.bench.probe_arms import LABELS, OPTIONS, PLAIN, PROBES
 from kflex_repro.bench.probe_figures import ArmRun, OpResult
 from kflex_repro.bench.probe_plan import (
@@ -301,6 +302,9 @@ class Run:
 
     def document(self) -> dict[str, Any]:
         """result.json."""
+        return without_ratios(self._document())
+
+    def _document(self) -> dict[str, Any]:
         study = self.plan.study
         done = [one for one in self.results if one.rounds]
         verdicts = [verdict for one in done for verdict in judge(study.goals, one.op.name, one.ratios())]
@@ -416,4 +420,4 @@ def read_document(path: Path) -> dict[str, Any]:
         raise KflexError(f"cannot read {path.name}, {error}", str(path.parent)) from error
     if not isinstance(document, dict) or (document.get("schema"), document.get("kind")) != (SCHEMA, KIND):
         raise KflexError(f"{path.name} is not a result of `bench probe`", str(path.parent))
-    return document
+    return without_ratios(document)

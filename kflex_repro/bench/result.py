@@ -3,7 +3,8 @@
 Every figure is ``{"median", "min", "max", "runs"}``; null where a driver cannot measure it. Beyond the
 schema of the design a scenario may carry ``recovery`` (the burst scenario), ``set_in_redis_ms`` (how old an
 accepted SET ever was before Redis had it), ``inside`` (what requests took inside the server, with --probe)
-and ``targets`` (the expected ratios and whether they were met).
+``requests`` (how many were answered, by arm) and ``targets`` (the expected ratios and whether they were
+met). An emulated run has neither ratios nor targets.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kflex_repro.bench.inside import Inside
+from kflex_repro.bench.mark import without_ratios
 from kflex_repro.bench.scenario import FLOORS, Scenario
 from kflex_repro.bench.stats import Figure
 from kflex_repro.errors import KflexError
@@ -135,6 +137,7 @@ class ScenarioResult:
     set_in_redis_ms: Figure | None = None
     recovery: Recovery | None = None
     inside: Mapping[str, Mapping[str, Inside]] = field(default_factory=dict)
+    requests: Mapping[str, int] = field(default_factory=dict)
 
     def targets(self) -> tuple[TargetCheck, ...]:
         """The scenario's expectations with what was measured."""
@@ -184,6 +187,8 @@ class ScenarioResult:
         }
         if scenario.mix_label:
             out["mix"] = scenario.mix_label
+        if self.requests:
+            out["requests"] = dict(self.requests)
         if scenario.rate:
             out["rate"] = scenario.rate
         if self.mismatch_examples:
@@ -223,7 +228,7 @@ class Result:
         return sum(scenario.checked_ops for scenario in self.scenarios)
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        document = {
             "schema": SCHEMA,
             "host": {"emulated": False, **self.host},
             "redis": dict(self.redis),
@@ -233,6 +238,7 @@ class Result:
             "notes": list(self.notes),
             "scenarios": [scenario.to_json() for scenario in self.scenarios],
         }
+        return without_ratios(document)
 
 
 # --- checking -------------------------------------------------------------------------------------
@@ -313,7 +319,11 @@ def write_result(result: Result, out: Path) -> Path:
 
     Raises KflexError, or ValueError for a document that is wrong.
     """
-    document = result.to_json()
+    return write_document(result.to_json(), out)
+
+
+def write_document(document: Mapping[str, Any], out: Path) -> Path:
+    """write_result() of what is a document already."""
     found = problems(document)
     if found:
         raise ValueError(f"not a valid result: {'; '.join(found[:5])}")
@@ -331,4 +341,4 @@ def read_result(path: Path) -> dict[str, Any]:
     found: Sequence[str] = problems(document) if isinstance(document, dict) else ["not an object"]
     if found:
         raise KflexError(f"{path.name} is not a benchmark result, {found[0]}", str(path.parent))
-    return dict(document)
+    return without_ratios(document)

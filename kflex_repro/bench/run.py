@@ -18,9 +18,8 @@ from kflex_repro.bench import inside, netns
 from kflex_repro.bench.bed import Bed, attached_bed, own_bed, parse_host_port
 from kflex_repro.bench.load import redis_benchmark_binary
 from kflex_repro.bench.pair import Runner, measure
-from kflex_repro.bench.report import write_report
 from kflex_repro.bench.result import Result, ScenarioResult, make_directory, write_result
-from kflex_repro.bench.scenario import Scenario, estimate, load_scenarios, select
+from kflex_repro.bench.scenario import Scenario, estimate, load_emulation, load_scenarios, select
 from kflex_repro.errors import KflexError, Unavailable
 
 FULL_PAIRS, FULL_SECONDS = 5, 3.0
@@ -43,11 +42,12 @@ class Options:
     keys: int | None = None
     port: int | None = None
     probe: bool = False
+    emulated: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be run. ``estimate_s`` in seconds of wall clock."""
+    """What will be run. ``estimate_s`` in seconds of wall clock; ``emulated``: on an emulated CPU."""
 
     scenarios: tuple[Scenario, ...]
     pairs: int
@@ -56,10 +56,11 @@ class Plan:
     port: int | None
     out: Path
     probe: bool = False
+    emulated: bool = False
 
     @property
     def estimate_s(self) -> float:
-        return estimate(self.scenarios, self.pairs, self.seconds)
+        return estimate(self.scenarios, self.pairs, self.seconds, emulated=self.emulated)
 
     @property
     def runs(self) -> int:
@@ -75,6 +76,7 @@ class Plan:
             "estimate_s": round(self.estimate_s),
             "attach": f"{self.attach[0]}:{self.attach[1]}" if self.attach else None,
             "probe": self.probe,
+            "emulated": self.emulated,
             "out": str(self.out),
         }
 
@@ -84,7 +86,14 @@ def make_plan(options: Options, scenarios: Sequence[Scenario] | None = None) -> 
     if options.attach and (options.port or options.netns):
         raise KflexError("--attach goes with neither --port nor --netns", exit_code=2)
     every = load_scenarios() if scenarios is None else scenarios
-    chosen = select(every, options.names, quick=options.quick, netns=options.netns)
+    pairs, seconds = (QUICK_PAIRS, QUICK_SECONDS) if options.quick else (FULL_PAIRS, FULL_SECONDS)
+    if options.emulated:
+        small = load_emulation()
+        names = options.names or (small.quick if options.quick else small.scenarios)
+        chosen = tuple(small.fit(s) for s in select(every, names, netns=options.netns))
+        pairs, seconds = small.pairs, small.quick_seconds if options.quick else small.seconds
+    else:
+        chosen = select(every, options.names, quick=options.quick, netns=options.netns)
     if options.attach:
         unfit = [s.name for s in chosen if s.mode != "coherent" or s.path != "local" or s.aof]
         if unfit and options.names:
@@ -95,12 +104,13 @@ def make_plan(options: Options, scenarios: Sequence[Scenario] | None = None) -> 
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
     return Plan(
         scenarios=chosen,
-        pairs=options.pairs or (QUICK_PAIRS if options.quick else FULL_PAIRS),
-        seconds=options.seconds or (QUICK_SECONDS if options.quick else FULL_SECONDS),
+        pairs=options.pairs or pairs,
+        seconds=options.seconds or seconds,
         attach=parse_host_port(options.attach) if options.attach else None,
         port=options.port,
         out=options.out or Path("results") / f"{stamp}-redis",
         probe=options.probe,
+        emulated=options.emulated,
     )
 
 
@@ -153,8 +163,11 @@ class Events:
 class Run:
     """Executes a plan. ``result`` is what there is so far, at any time, also after a failure."""
 
-    def __init__(self, plan: Plan, command: str, events: Events | None = None) -> None:
+    def __init__(
+        self, plan: Plan, command: str, events: Events | None = None, *, report: bool = True
+    ) -> None:
         self.plan = plan
+        self._report = report
         self._command = command
         self._events = events or Events()
         self._started = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -209,7 +222,6 @@ class Run:
             raise
         self._complete = True
         self._save()
-        self._events.step(0.0, "drawing the report")
         self._write_report()
         return self.result()
 
@@ -227,6 +239,12 @@ class Run:
         write_result(self.result(), self.plan.out)
 
     def _write_report(self) -> None:
+        if not self._report:
+            return
+        self._events.step(0.0, "drawing the report")
+        # Not above: the plotting library takes seconds to come on an emulated CPU, where nothing is drawn.
+        from kflex_repro.bench.report import write_report
+
         write_report(self.result().to_json(), self.plan.out)
 
     def _all(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,32 @@ class Scenario:
         if self.mix:
             return dict(self.mix).get(op, 0) / 100
         return 1.0 if self.op == op else 0.0
+
+
+@dataclass(frozen=True)
+class Emulation:
+    """What is run on an emulated CPU: names of scenarios; pairs and seconds where none are asked for; upper
+    bounds of clients, keys and rate (1/s).
+    """
+
+    scenarios: tuple[str, ...]
+    quick: tuple[str, ...]
+    pairs: int
+    seconds: float
+    quick_seconds: float
+    clients: int
+    keys: int
+    rate: int
+
+    def fit(self, scenario: Scenario) -> Scenario:
+        """``scenario``, small enough, and without expectations."""
+        return replace(
+            scenario,
+            clients=min(scenario.clients, self.clients),
+            keys=min(scenario.keys, self.keys),
+            rate=min(scenario.rate, self.rate),
+            targets={},
+        )
 
 
 def data_dir() -> Path:
@@ -144,6 +170,19 @@ def load_scenarios(path: Path | None = None) -> tuple[Scenario, ...]:
     return scenarios
 
 
+def load_emulation(path: Path | None = None) -> Emulation:
+    """The [emulation] of the file; raises KflexError for what is wrong with it."""
+    path = path or data_dir() / "scenarios.toml"
+    raw = read_toml(path).get("emulation")
+    names = {one.name for one in fields(Emulation)}
+    if not isinstance(raw, dict) or set(raw) != names:
+        raise KflexError(f"[emulation] needs {', '.join(sorted(names))}", str(path))
+    known = {scenario.name for scenario in load_scenarios(path)}
+    if unknown := sorted({*raw["scenarios"], *raw["quick"]} - known):
+        raise KflexError(f"[emulation] names no scenario of the file: {', '.join(unknown)}", str(path))
+    return Emulation(**{**raw, "scenarios": tuple(raw["scenarios"]), "quick": tuple(raw["quick"])})
+
+
 def select(
     scenarios: Sequence[Scenario], names: Iterable[str] = (), *, quick: bool = False, netns: bool = False
 ) -> tuple[Scenario, ...]:
@@ -185,12 +224,18 @@ PREPARE_S = 2.0
 BURST_RUN_S = 7.0
 
 
-def estimate(scenarios: Sequence[Scenario], pairs: int, seconds: float) -> float:
+# How much longer those take on an emulated CPU.
+EMULATED_OVERHEAD = 5.0
+
+
+def estimate(scenarios: Sequence[Scenario], pairs: int, seconds: float, *, emulated: bool = False) -> float:
     """Wall-clock seconds the run will take, roughly (within 20 % on an idle machine)."""
-    total = 3.0 if scenarios else 0.0
+    more = EMULATED_OVERHEAD if emulated else 1.0
+    total = 3.0 * more if scenarios else 0.0
     for scenario in scenarios:
         arms = len(scenario.arms)
         run = BURST_RUN_S if scenario.driver == "burst" else seconds
         calibrated = arms if scenario.driver == "redis-benchmark" else 0
-        total += PREPARE_S + calibrated * CALIBRATION_S + pairs * arms * (run + OVERHEAD_S)
+        total += more * (PREPARE_S + calibrated * CALIBRATION_S)
+        total += pairs * arms * (run + more * OVERHEAD_S)
     return total

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kflex_repro.bench.mark import EMULATED, emulated
+
 Document = Mapping[str, Any]
 
 METRIC_NAMES = {
@@ -62,7 +64,7 @@ def times(figure: Mapping[str, Any] | None, *, spread: bool = True) -> str:
 
 @dataclass(frozen=True)
 class Row:
-    """One scenario as text, in the order of HEADINGS."""
+    """One scenario as text, in the order of headings()."""
 
     name: str
     about: str
@@ -71,7 +73,28 @@ class Row:
     wrong: int
 
 
-HEADINGS = ("Redis, TCP", "unix socket", "offload", "× TCP", "× unix", "p99 ×", "system CPU ×", "in kernel")
+_HEADINGS = ("Redis, TCP", "unix socket", "offload", "× TCP", "× unix", "p99 ×", "system CPU ×", "in kernel")
+# Requests that were answered, not requests per second: of an emulated run no figure says how fast.
+_COUNTED = ("Redis, TCP", "unix socket", "offload", "in kernel", "checked", "wrong")
+
+
+def headings(document: Document) -> tuple[str, ...]:
+    """The columns after the scenario's name."""
+    return _COUNTED if emulated(document) else _HEADINGS
+
+
+def _counted(scenario: Mapping[str, Any]) -> tuple[str, ...]:
+    requests, checked = scenario.get("requests", {}), scenario["checked"]
+    return (
+        *(f"{requests[arm]:,}" if arm in requests else "–" for arm in ("baseline", "unix", "offload")),
+        _share(scenario["offload"].get("served_in_kernel")),
+        f"{checked['ops']:,}",
+        f"{checked['mismatches']:,}",
+    )
+
+
+def _share(served: float | None) -> str:
+    return "–" if served is None else f"{served:.1%}"
 
 
 def rows(document: Document) -> list[Row]:
@@ -80,16 +103,19 @@ def rows(document: Document) -> list[Row]:
     for scenario in document["scenarios"]:
         unix = scenario["peers"].get("unix")
         to_unix = scenario["ratio_to"].get("unix")
-        served = scenario["offload"].get("served_in_kernel")
         cells = (
-            count(median_of(scenario["baseline"]["rps"])),
-            count(median_of(unix["rps"])) if unix else "–",
-            count(median_of(scenario["offload"]["rps"])),
-            times(scenario["ratio"]["rps"]),
-            times(to_unix["rps"], spread=False) if to_unix else "–",
-            times(scenario["ratio"]["p99"], spread=False),
-            times(scenario["ratio"]["system_cpu"], spread=False),
-            "–" if served is None else f"{served:.1%}",
+            _counted(scenario)
+            if emulated(document)
+            else (
+                count(median_of(scenario["baseline"]["rps"])),
+                count(median_of(unix["rps"])) if unix else "–",
+                count(median_of(scenario["offload"]["rps"])),
+                times(scenario["ratio"]["rps"]),
+                times(to_unix["rps"], spread=False) if to_unix else "–",
+                times(scenario["ratio"]["p99"], spread=False),
+                times(scenario["ratio"]["system_cpu"], spread=False),
+                _share(scenario["offload"].get("served_in_kernel")),
+            )
         )
         targets = tuple((target_text(target), target["met"]) for target in scenario.get("targets", ()))
         wrong = scenario["checked"]["mismatches"]
@@ -135,6 +161,8 @@ def closing_line(document: Document) -> str:
     answers = verdict_on_answers(document)
     if not scenarios:
         return "nothing was completed"
+    if emulated(document):
+        return _in_order(document, answers, _functional(scenarios))
     local = [s for s in scenarios if s["mode"] == "coherent" and s["path"] == "local"]
     shown = _find(document, "get-2t", "set-2t", "mix-90-10") or local[:3] or scenarios[:3]
     labels = {"get-2t": "GET", "set-2t": "SET", "mix-90-10": "the 90:10 mix"}
@@ -154,9 +182,23 @@ def closing_line(document: Document) -> str:
     if costs:
         parts.append(f"system CPU per operation {_join(costs)}")
     text = "; ".join(parts)
-    wrong = any(s["checked"]["mismatches"] for s in scenarios)
+    return _in_order(document, answers, text)
+
+
+def _in_order(document: Document, answers: str, text: str) -> str:
+    wrong = any(s["checked"]["mismatches"] for s in document["scenarios"])
     text = f"{answers}; {text}" if wrong else f"{text}; {answers}"
     return f"interrupted; {text}" if document.get("interrupted") else text
+
+
+def _functional(scenarios: Sequence[Mapping[str, Any]]) -> str:
+    """What an emulated run has shown."""
+    requests = [scenario.get("requests", {}) for scenario in scenarios]
+    text = f"{EMULATED}: {sum(sum(one.values()) for one in requests):,} requests answered"
+    shares = [s["offload"].get("served_in_kernel") for s in scenarios]
+    if known := [share for share in shares if share]:
+        text += f", up to {max(known):.1%} of a scenario's in the kernel"
+    return text
 
 
 def missed_targets(document: Document) -> list[str]:

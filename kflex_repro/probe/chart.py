@@ -12,7 +12,7 @@ matplotlib.use("Agg")
 
 from matplotlib.figure import Figure
 
-from kflex_repro.bench.plot import LIGHT, Theme
+from kflex_repro.bench.canvas import LIGHT, Theme
 from kflex_repro.bench.summary import count
 
 

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from kflex_repro.bench import probe_arms, probe_report, probe_run
 from kflex_repro.bench.cpu import CpuCost
 from kflex_repro.bench.load import Outcome, Target, redis_benchmark_argv
+from kflex_repro.bench.mark import EMULATED
 from kflex_repro.bench.probe_arms import PLAIN, PROBES, Sight
 from kflex_repro.bench.probe_figures import ArmRun
 from kflex_repro.bench.probe_plan import Goal, Load, Op, judge, read_study, schedule
@@ -275,6 +276,22 @@ def test_the_report_says_what_was_seen_and_what_was_published(tmp_path: Path) ->
     assert "http://" not in page
     assert "<script" not in page
     assert "90 %" in {row[-1] for row in probe_report.rows(document) if row[2] == "bpftrace"}
+
+
+def test_an_emulated_run_is_marked_and_compares_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(Options(out=tmp_path, arms=tuple(PROBES), pairs=2))
+    run = Run(plan, "kflex-repro bench probe")
+    monkeypatch.setattr(run, "_host", {"emulated": True})
+    run.measure(FakeSite())
+    document = run.document()
+    assert document["goals"] == [] and probe_report.verdict(document) == EMULATED
+    assert not any("%" in row[4] + row[7] for row in probe_report.rows(document))
+    written = probe_report.write_report(document, tmp_path)
+    assert {path.name for path in written} == {"report.html", "throughput.png", "latency.png"}
+    page = written[0].read_text()
+    assert EMULATED in page and "140.8" not in page and "✗ missed" not in page
 
 
 def test_a_result_is_drawn_again(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kflex_repro.bench import plot
+from kflex_repro.bench.canvas import DARK, LIGHT
 from kflex_repro.bench.report import render, write_report
 from kflex_repro.bench.result import Recovery
 from kflex_repro.bench.stats import figure
@@ -37,7 +38,7 @@ def page(document: dict[str, object]) -> str:
 
 
 def test_every_plot_is_drawn_in_both_themes(document: dict[str, object]) -> None:
-    for theme in (plot.LIGHT, plot.DARK):
+    for theme in (LIGHT, DARK):
         drawn = plot.draw(document, theme)
         assert set(drawn) == {"throughput", "ratio", "latency", "cpu", "recovery"}
         for data in drawn.values():
@@ -48,7 +49,7 @@ def test_every_plot_is_drawn_in_both_themes(document: dict[str, object]) -> None
 
 def test_nothing_measured_draws_nothing() -> None:
     empty = result("no such scenario").to_json()
-    assert plot.draw(empty, plot.LIGHT) == {}
+    assert plot.draw(empty, LIGHT) == {}
     assert "nothing was completed" in render(empty)
 
 

@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
-from kflex_repro import host, host_cli
+from kflex_repro import guest_facts, host, host_cli
 from kflex_repro.errors import Unavailable, os_failure
 
 TOP = Path(__file__).resolve().parents[2]
@@ -118,3 +119,49 @@ def test_what_a_vm_has_of_its_own_is_told_apart(monkeypatch: pytest.MonkeyPatch)
     assert "\n" not in host.refusal()
     monkeypatch.setattr(host, "is_root", lambda: False)
     assert host.refusal().startswith("this user may not use BPF")
+
+
+def lacking(*keys: str, of_kernel: bool = True) -> tuple[host.Fact, ...]:
+    return tuple(host.Fact(key, key, "missing", "", "", "", True, True, of_kernel) for key in keys)
+
+
+def with_fact(monkeypatch: pytest.MonkeyPatch, key: str, state: host.State) -> None:
+    real = host.fact
+
+    def fact(asked: str) -> host.Fact:
+        found = real(asked)
+        return replace(found, state=state, fix=f"get {key}") if asked == key else found
+
+    monkeypatch.setattr(host, "fact", fact)
+
+
+def test_where_a_vm_would_do_doctor_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_fact(monkeypatch, "qemu", "ok")
+    with_fact(monkeypatch, "kvm", "ok")
+    monkeypatch.setattr(host, "missing", lambda: lacking("sk_msg"))
+    said = CliRunner().invoke(host_cli.doctor, [])
+    assert said.exit_code == 1 and "make bench runs it in a VM instead" in said.output
+    with_fact(monkeypatch, "kvm", "degraded")
+    assert "emulated" in CliRunner().invoke(host_cli.doctor, []).output
+    with_fact(monkeypatch, "qemu", "degraded")
+    assert "if QEMU were there: get qemu" in CliRunner().invoke(host_cli.doctor, []).output
+    monkeypatch.setattr(host, "missing", lambda: (*lacking("sk_msg"), *lacking("clang", of_kernel=False)))
+    assert "in a VM" not in CliRunner().invoke(host_cli.doctor, []).output.splitlines()[-1]
+
+
+def test_doctor_shows_a_guests_facts_beside_the_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = json.loads(json.dumps(host.as_json()))
+    for fact in theirs["facts"]:
+        fact["value"] = f"theirs {fact['key']}"
+    vm = {"kernel": "6.12.1-cloud", "accel": "tcg", "boot_s": 4.2}
+    theirs |= {"ok": True, "missing": [], "vm": vm}
+    monkeypatch.setattr(guest_facts, "ask", lambda *_: theirs)
+    said = CliRunner().invoke(host_cli.doctor, ["--vm"])
+    assert said.exit_code == 0 and "Linux 6.12.1-cloud, emulated (TCG), up after 4 s" in said.output
+    assert os.uname().release in said.output and "theirs kernel" in said.output
+    both = json.loads(CliRunner().invoke(host_cli.doctor, ["--vm", "--json"]).output)
+    assert both["guest"] == theirs and both["host"]["facts"][0]["value"] == os.uname().release
+    theirs |= {"ok": False, "missing": ["sk_msg"]}
+    refused = CliRunner().invoke(host_cli.doctor, ["--vm"])
+    assert refused.exit_code == 1 and "cannot run in the VM; missing: BPF sk_msg" in refused.output
+    assert CliRunner().invoke(host_cli.doctor, ["--vm", "--hello"]).exit_code == 2
