@@ -94,6 +94,9 @@ class Guest:
         KflexError in one line if there is no result, or only a part of one (which is kept, as on the host).
         """
         fresh = make_directory(self._out)
+        if not os.access(self._out, os.W_OK | os.X_OK):
+            # Better now than after ten minutes.
+            raise KflexError("cannot write to the results directory", str(self._out), "choose another --out")
         try:
             outcome = self._boot()
             return self._bring_home(outcome)

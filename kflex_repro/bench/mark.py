@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kflex_repro.errors import KflexError
-
 Document = Mapping[str, Any]
 
 EMULATED = "functional run under emulation, not a benchmark"
@@ -56,9 +54,3 @@ def _op(op: Mapping[str, Any]) -> dict[str, Any]:
     ratio = {load: {arm: _none(one) for arm, one in arms.items()} for load, arms in op["ratio"].items()}
     noise = {load: _none(one) for load, one in op["noise"].items()}
     return {**op, "ratio": ratio, "noise": noise}
-
-
-def need_real(document: Document, where: str) -> None:
-    """KflexError for a result that may not be compared with another one."""
-    if emulated(document):
-        raise KflexError(f"a {EMULATED}: it cannot be compared", where, "measure on a machine, or under KVM")

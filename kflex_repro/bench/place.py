@@ -42,7 +42,6 @@ def choose(vm: bool | None, attach: str | None = None) -> Place:
         if not attach:
             fix += "; or leave out --no-vm: it then runs in a VM"
         raise Unavailable(f"cannot run here, {why}", "--attach" if attach else "--no-vm", fix)
-    _need_tools()
     return Place(vm=False)
 
 
