@@ -374,8 +374,12 @@ def _work_tree(entries: Sequence[Path]) -> ext4.Tree:
         return file.is_file() and file.stat().st_size > _LARGE
 
     tree.add_tree(root, skip)
+    # This package, where KFLEX_SOURCE names other sources.
+    tree.add_tree(str(Path(__file__).resolve().parents[1]), skip)
     if built := newest_built():
         tree.add_tree(str(built))
+    if chosen := os.environ.get("KFLEX_LIBBPF"):
+        tree.add(chosen, follow=True)
     for path in entries:
         tree.add_tree(str(path)) if path.is_dir() else tree.add(str(path), follow=True)
     return tree

@@ -36,6 +36,16 @@ _BTF_KIND = "vm-btf"
 _TAIL = 6
 _OOPS = re.compile(rb"Kernel panic|Oops:|BUG: unable to handle|kernel BUG at|general protection fault")
 _APPEND = "console=ttyS0 8250.nr_uarts=4 panic=-1 mitigations=off random.trust_cpu=on"
+# Which tools and sources: what was built here with them is only found there with the same.
+_TOOLS = (
+    "CC",
+    "KFLEX_BPFTOOL",
+    "KFLEX_CLANG",
+    "KFLEX_LIBBPF",
+    "KFLEX_PERF",
+    "KFLEX_REDIS_SERVER",
+    "KFLEX_SOURCE",
+)
 _PATH = "/run/kflex-vm/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
@@ -202,7 +212,9 @@ def _objects(kernel: Kernel) -> list[Path]:
 
 def _job(request: Request, root: str, disks: tuple[str, ...]) -> dict[str, str]:
     """The files that init.sh reads."""
-    env = {"PATH": _PATH, "HOME": "/root", "LANG": "C.UTF-8", "TMPDIR": "/run/kflex-vm/tmp", **request.env}
+    env = {"PATH": _PATH, "HOME": "/root", "LANG": "C.UTF-8", "TMPDIR": "/run/kflex-vm/tmp"}
+    env |= {name: os.environ[name] for name in _TOOLS if name in os.environ}
+    env |= request.env
     env.setdefault("KFLEX_CACHE", str(cache.root()))
     lines = [f"export {name}={shlex.quote(value)}" for name, value in env.items()]
     where = shlex.quote(str(request.cwd or "/"))

@@ -146,6 +146,8 @@ def test_an_edit_changes_the_least_of_the_images(tmp_path: Path, monkeypatch: py
     assert key() == second
     paths = rootfs._work_tree(()).entries
     assert str(file) in paths
+    # The package that runs, too, though it lies elsewhere.
+    assert str(top / "kflex_repro" / "cli.py") in paths
     assert not [path for path in paths if path.startswith((f"{source}/.git/", f"{source}/results"))]
     # Not of the sources: the other two.
     assert rootfs._base().key == rootfs._base().key

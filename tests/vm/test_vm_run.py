@@ -17,7 +17,7 @@ import pytest
 from kflex_repro.build import cache
 from kflex_repro.errors import KflexError, Unavailable
 from kflex_repro.vm import kernels, qemu, run
-from tests.conftest import require
+from tests.conftest import require, unavailable
 from tests.vm.conftest import bzimage
 from tests.vm.leftovers import Watch
 
@@ -52,7 +52,7 @@ def test_a_command_in_a_guest_is_as_here_and_its_files_come_back(
 ) -> None:
     require("root")
     if not qemu.can_share():
-        require("virtiofs")
+        unavailable("virtiofsd is not there, or not allowed what it wants")
     del stock
     watch = Watch(tmp_path / "tmp", cache.root())
     (tmp_path / "mine").write_text("from the host\n")
