@@ -208,11 +208,12 @@ class _Base:
 
 
 def _state(path: str) -> str:
+    """By content where it is a file: ldconfig writes the same again and again."""
     try:
-        status = Path(path).stat()
+        file = Path(path)
+        return f"{path} {cache.file_digest(file) if file.is_file() else file.stat().st_mtime_ns}"
     except OSError:
         return f"{path} -"
-    return f"{path} {status.st_size} {status.st_mtime_ns}"
 
 
 def _base() -> _Base:
