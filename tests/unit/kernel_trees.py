@@ -219,8 +219,9 @@ def installed(root: Path, built: Path, defer: bool = False) -> tuple[str, ...]:
     return install.install(plan.make(open_root(root), source.find(built), defer))
 
 
-def killed_at(step: int, change: Callable[[], object]) -> bool:
-    """Run a change in a child that is killed before its ``step``-th touch of the disk or program; whether."""
+def killed_at(step: int, change: Callable[[], object], kill: bool = True) -> bool:
+    """Run a change in a child that is killed, or interrupted, before its ``step``-th touch of the disk, or
+    start of a program; whether it was."""
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
@@ -241,16 +242,20 @@ def killed_at(step: int, change: Callable[[], object]) -> bool:
             if event in touches or writes:
                 count += 1
                 if count == step:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    if kill:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    raise KeyboardInterrupt
 
         try:
             sys.addaudithook(hook)
             change()
+        except KeyboardInterrupt:
+            os._exit(130)
         except BaseException:
             os._exit(1)
         os._exit(0)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, -signal.SIGKILL)
+    assert code in (0, -signal.SIGKILL if kill else 130)
     return code != 0
 
 

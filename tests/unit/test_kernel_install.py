@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 import shutil
@@ -597,4 +598,23 @@ def test_killed_at_any_point_the_old_system_boots_and_the_next_run_tidies_up(
         if not killed:
             break
     assert step > 12
+    assert seen == {True, False}
+
+
+def test_an_interrupted_installation_undoes_itself(tmp_path: Path, built: Path) -> None:
+    start = tool_tree(tmp_path / "start", "debian")
+    (start / "var/lib/initramfs-tools").mkdir(parents=True)
+    old = snapshot(start)
+    step, seen = 0, set()
+    while True:
+        step += 3
+        place = tmp_path / "interrupted"
+        shutil.copytree(start, place, symlinks=True)
+        interrupted = killed_at(step, functools.partial(installed, place, built), kill=False)
+        (record,) = Store(open_root(place)).all() or (None,)
+        seen.add(record is None)
+        assert (record.state == "installed") if record else snapshot(place) == old, step
+        shutil.rmtree(place)
+        if not interrupted:
+            break
     assert seen == {True, False}

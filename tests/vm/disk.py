@@ -1,7 +1,8 @@
-"""A machine's disk made from a tree, without a mount: an EFI partition with grub, and a root."""
+"""A machine's disk made from a tree, without a mount: an EFI partition with a boot loader, and a root."""
 
 from __future__ import annotations
 
+import shutil
 import struct
 import subprocess
 from pathlib import Path
@@ -17,6 +18,7 @@ _ESP_MIB = 128
 _FIRMWARE = Path("/usr/share/OVMF/OVMF_CODE_4M.fd")
 _VARIABLES = Path("/usr/share/OVMF/OVMF_VARS_4M.fd")
 _GRUB = Path("/usr/lib/grub/x86_64-efi")
+_SYSTEMD_BOOT = Path("/usr/lib/systemd/boot/efi/systemd-bootx64.efi")
 _GRUB_MODULES = (
     "part_msdos fat ext2 normal configfile linux search search_fs_uuid search_fs_file search_label"
     " loadenv test echo serial terminal gzio xzio minicmd all_video gfxterm font true regexp keystatus"
@@ -29,6 +31,7 @@ def require_programs() -> None:
     for path, package in (
         (_FIRMWARE, "ovmf"),
         (_GRUB, "grub-efi-amd64-bin"),
+        (_SYSTEMD_BOOT, "systemd-boot-efi"),
         (Path("/usr/bin/mcopy"), "mtools"),
         (Path("/usr/sbin/mkfs.vfat"), "dosfstools"),
     ):
@@ -44,14 +47,24 @@ def _partition(kind: int, start: int, count: int) -> bytes:
     return struct.pack("<B3sB3sII", 0, b"\xfe\xff\xff", kind, b"\xfe\xff\xff", start // 512, count // 512)
 
 
-def make(disk: Path, boot: Path, root: Path, root_mib: int) -> None:
-    """Write a disk: ``boot`` on a vfat, which the firmware finds grub on, and ``root`` on an ext4."""
-    early = boot.parent / "early.cfg"
-    early.write_text(_EARLY)
+def _loader(boot: Path) -> None:
+    """Put a boot loader where the firmware looks: grub, or where there is none of its files, systemd-boot."""
     loader = boot / "EFI/BOOT/BOOTX64.EFI"
     loader.parent.mkdir(parents=True)
+    if not (boot / "grub").exists():
+        shutil.copy(_SYSTEMD_BOOT, loader)
+        return
+    early = boot.parent / "early.cfg"
+    early.write_text(_EARLY)
     image = ("grub-mkimage", "-O", "x86_64-efi", "-d", _GRUB, "-o", loader, "-c", early, "-p", "/grub")
     _run(*image, *_GRUB_MODULES.split())
+
+
+def make(disk: Path, boot: Path, root: Path) -> None:
+    """Write a disk: ``boot`` on a vfat, with a boot loader for the firmware, and ``root`` on an ext4."""
+    _loader(boot)
+    size = sum(path.lstat().st_size for path in root.rglob("*") if path.is_file())
+    root_mib = (size * 5 // 4 >> 20) + 48
     esp, rest = _ESP_MIB * _MIB, root_mib * _MIB
     table = bytearray(512)
     struct.pack_into("<I", table, 440, SIGNATURE)

@@ -1,11 +1,13 @@
-"""A disk with a vfat /boot, its kernels put there by `kernel install`: the firmware and grub boot them."""
+"""A disk with a vfat /boot, kernels put there by `kernel install`: firmware and boot loaders boot them."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from tests.vm import disk
 
 # Firmware, grub and kernel take 9 s of a core under TCG.
 _BOOT_S = 240.0
+_ARGUMENTS = "console=ttyS0 quiet panic=-1 mitigations=off init=/init"
 _APPLETS = (
     "sort cat ls rm mv cp mkdir echo sed awk grep egrep fgrep head tail cut tr uname id chmod umask dirname"
     " basename test [ stat mktemp printf expr true false which env readlink uniq wc find touch sync"
@@ -71,7 +74,7 @@ def _system(root: Path) -> Path:
     write(root / "etc/debian_version", "12.0\n")
     write(root / "etc/os-release", 'ID=debian\nNAME="Debian GNU/Linux"\n')
     settings = 'GRUB_DISTRIBUTOR=Debian\nGRUB_TIMEOUT=0\nGRUB_TERMINAL=console\nGRUB_CMDLINE_LINUX="%s"\n'
-    write(root / "etc/default/grub", settings % "console=ttyS0 quiet panic=-1 mitigations=off init=/init")
+    write(root / "etc/default/grub", settings % _ARGUMENTS)
     for name in ("00_header", "10_linux"):
         write(root / "etc/grub.d" / name, Path("/etc/grub.d", name).read_bytes(), 0o755)
     shutil.copytree("/usr/share/grub", root / "usr/share/grub", ignore=lambda *_: ["unicode.pf2"])
@@ -94,33 +97,63 @@ def _said(console: str, word: str) -> list[str]:
     return re.findall(rf"^{word} (.*?)\r?$", console, re.M)
 
 
+@contextlib.contextmanager
+def _own_boot(root: Path) -> Iterator[Path]:
+    """A /boot that is a file system of its own, as the programs in the tree must see it."""
+    boot = root / "boot"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128m,mode=755", "tmpfs", boot], check=True)
+    try:
+        yield boot
+    finally:
+        subprocess.run(["umount", boot], check=True)
+
+
+def _boots(image: Path, release: str, kernels_there: str) -> None:
+    console = disk.boot(image, _BOOT_S)
+    assert _said(console, "BOOTED") == [release], console[-3000:]
+    assert _said(console, "MOUNTED") == [kernels_there] and not _said(console, "NO"), console[-3000:]
+
+
 @pytest.mark.bpf
-def test_installed_kernels_boot_and_a_boot_for_once_is_one(tmp_path: Path) -> None:
+def test_installed_kernels_boot_by_grub_and_a_boot_for_once_is_one(tmp_path: Path) -> None:
     require("root")  # a chroot, and a mount for /boot
     disk.require_programs()
     new, old = (kernels.find(series) for series in ("6.12", "6.1"))
-    root, boot = _system(tmp_path / "root"), tmp_path / "esp"
-    # A file system of its own, as grub-mkrelpath must see it.
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128m,mode=755", "tmpfs", root / "boot"], check=True)
-    try:
-        (root / "boot/grub").mkdir()
+    root, esp = _system(tmp_path / "root"), tmp_path / "esp"
+    with _own_boot(root) as boot:
+        (boot / "grub").mkdir()
         for kernel in (new, old):
             _kernel("install", kernel.image.parent.parent, "--root", root)
         _kernel("boot-once", old.release, "--root", root)
         listed = json.loads(_kernel("list", "--root", root, "--json"))
         assert [item["release"] for item in listed if item["next"]] == [old.release]
         assert [item["release"] for item in listed if item["default"]] == [new.release]
-        shutil.copytree(root / "boot", boot)
-    finally:
-        subprocess.run(["umount", root / "boot"], check=True)
-
+        shutil.copytree(boot, esp)
     image = tmp_path / "disk"
-    size = sum(path.lstat().st_size for path in root.rglob("*") if path.is_file())
-    disk.make(image, boot, root, (size * 5 // 4 >> 20) + 48)
+    disk.make(image, esp, root)
     shutil.rmtree(root)
     names = " ".join(sorted(f"vmlinuz-{kernel.release}" for kernel in (old, new)))
-    for release in (old.release, new.release):
-        console = disk.boot(image, _BOOT_S)
-        assert _said(console, "BOOTED") == [release], console[-3000:]
-        assert _said(console, "MOUNTED") == [names] and not _said(console, "NO"), console[-3000:]
+    _boots(image, old.release, names)
+    _boots(image, new.release, names)
+    image.unlink()
+
+
+@pytest.mark.bpf
+def test_an_installed_kernel_boots_by_its_entry(tmp_path: Path) -> None:
+    require("root")  # a mount for /boot
+    disk.require_programs()
+    kernel = kernels.find("6.12")
+    root, esp = _system(tmp_path / "root"), tmp_path / "esp"
+    write(root / "etc/os-release", 'ID=fedora\nNAME="Fedora Linux"\n')
+    (root / "etc/debian_version").unlink()
+    write(root / "etc/kernel/cmdline", f"root=/dev/nvme0n1p2 rw {_ARGUMENTS}\n")
+    with _own_boot(root) as boot:
+        (boot / "loader/entries").mkdir(parents=True)
+        _kernel("install", kernel.image, "--modules", kernel.modules, "--root", root)
+        write(boot / "loader/loader.conf", "timeout 0\n")
+        shutil.copytree(boot, esp)
+    image = tmp_path / "disk"
+    disk.make(image, esp, root)
+    shutil.rmtree(root)
+    _boots(image, kernel.release, f"vmlinuz-{kernel.release}")
     image.unlink()
