@@ -178,6 +178,7 @@ def install(plan: Plan, report: Report = _silent) -> tuple[str, ...]:
 def _write(path: Path, data: bytes, mode: int = 0o644) -> None:
     """Replace a file at once. It keeps its mode: grub's configuration may hold a password's hash."""
     stage = _beside(path, _STAGE)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         mode = path.stat().st_mode & 0o7777
     stage.unlink(missing_ok=True)

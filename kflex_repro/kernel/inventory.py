@@ -123,12 +123,12 @@ def boot_selectors(root: Root, place: Layout) -> tuple[str, str]:
     if place.config and not place.entries:
         return grub.default(root.text(place.config), variables), variables.get("next_entry", "")
     if place.config:
-        return variables.get("saved_entry", ""), variables.get("next_entry", "")
+        return variables.get("saved_entry", "") or "0", variables.get("next_entry", "")
     for line in root.text("/boot/loader/loader.conf").splitlines():
         words = line.split()
         if len(words) == 2 and words[0] == "default":
             return words[1].removesuffix(".conf"), ""
-    return "", ""
+    return "0", ""
 
 
 def _release_of(root: Root, place: Layout, selector: str, found: list[EntryFile]) -> str:

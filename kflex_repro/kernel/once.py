@@ -24,9 +24,16 @@ class Choice:
     command: tuple[str, ...] | None
 
 
+def _is_a_machines(root: Root) -> bool:
+    """Whether the tree is on the disk that is to be booted; one in a directory will be copied somewhere."""
+    return root.is_host or root.path.is_mount() or root.real("/boot").is_mount()
+
+
 def _require_writable(root: Root, place: Layout) -> None:
+    if not _is_a_machines(root):
+        return
     kind, device = file_system(root.real(place.environment))
-    if kind in _READ_ONLY or (device.startswith(_READ_ONLY_SOURCES) and root.is_host):
+    if kind in _READ_ONLY or device.startswith(_READ_ONLY_SOURCES):
         raise KflexError(
             f"grub cannot write on {kind} on {device}: every boot would be of this kernel, not one",
             str(root.real(place.environment)),

@@ -162,6 +162,14 @@ def open_root(path: Path) -> Root:
     return root
 
 
+def require_boot(root: Root) -> None:
+    """KflexError where /boot is a file system that is not mounted: what is written would be hidden later."""
+    lines = (line.split() for line in root.text("/etc/fstab").splitlines())
+    listed = any(len(line) > 1 and line[0][0] != "#" and line[1] == "/boot" for line in lines)
+    if root.is_host and listed and not root.real("/boot").is_mount():
+        raise KflexError("/etc/fstab has a file system for /boot, and it is not mounted", "", "mount /boot")
+
+
 # -- layouts
 
 
@@ -202,8 +210,10 @@ def _config(root: Root, family: str) -> str | None:
     if family != "debian":
         places.reverse()
         efi = "/boot/efi/EFI"
+        # A machine that was started without EFI does not read what may be there.
+        names = [] if root.is_host and not Path("/sys/firmware/efi").exists() else root.names(efi)
         places = [
-            f"{efi}/{name}/grub.cfg" for name in root.names(efi) if name.lower() not in ("boot", "microsoft")
+            f"{efi}/{name}/grub.cfg" for name in names if name.lower() not in ("boot", "microsoft")
         ] + places
     for path in places:
         # A short file on the EFI partition only leads on to the real one.
@@ -237,7 +247,7 @@ def layout(root: Root) -> Layout:
     return Layout(
         name=family,
         initrd="initrd.img-{}" if family == "debian" else "initramfs-{}.img",
-        entries=has_entries and (config is None or "blscfg" in root.text(config)),
+        entries="blscfg" in root.text(config) if config else has_entries,
         config=config,
         environment=(str(PurePosixPath(config).parent) if config else "/boot/grub") + "/grubenv",
         mkconfig="grub2-mkconfig" if grub2 or family != "debian" else "grub-mkconfig",

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from kflex_repro.diagnose.events import size_text
 from kflex_repro.errors import KflexError
 from kflex_repro.kernel import image, inventory
-from kflex_repro.kernel.place import Layout, Root, block, file_system, free, layout
+from kflex_repro.kernel.place import Layout, Root, block, file_system, free, layout, require_boot
 from kflex_repro.kernel.record import Store
 from kflex_repro.kernel.source import Source
 
@@ -217,6 +217,7 @@ def _architecture(root: Root, source: Source, notes: list[str]) -> None:
 
 def make(root: Root, source: Source, defer: bool = False) -> Plan:
     """The plan for one kernel. KflexError for every reason not to install it; nothing is changed."""
+    require_boot(root)
     place, release = layout(root), source.release
     record = Store(root).get(release)
     if record is not None and record.state == "installed":

@@ -20,7 +20,7 @@ import pytest
 from click.testing import CliRunner
 
 from kflex_repro.errors import KflexError
-from kflex_repro.kernel import cli, install, inventory, once, plan
+from kflex_repro.kernel import cli, install, inventory, once, plan, source
 from kflex_repro.kernel.place import open_root
 from kflex_repro.kernel.record import PLACE, Store
 from tests.conftest import require
@@ -542,9 +542,29 @@ def test_grub_that_cannot_write_is_no_boot_for_once(
     root = debian(tmp_path / "root")
     installed(root, built)
     write(root / "boot/grub/grub.cfg", grub_config([NEW, OLD]))
-    monkeypatch.setattr(once, "file_system", lambda _path: ("btrfs", "/dev/vda1"))
-    with pytest.raises(KflexError, match="cannot write on btrfs"):
-        once.choose(open_root(root), NEW)
+    for kind, device in (("btrfs", "/dev/vda1"), ("ext4", "/dev/mapper/vg-root")):
+        monkeypatch.setattr(once, "file_system", lambda _path, found=(kind, device): found)
+        assert once.choose(open_root(root), NEW).selector, (
+            "a directory says nothing of the disk it will be on"
+        )
+        with monkeypatch.context() as context:
+            context.setattr(once, "_is_a_machines", lambda _root: True)
+            with pytest.raises(KflexError, match=f"cannot write on {kind} on {device}"):
+                once.choose(open_root(root), NEW)
+
+
+def test_a_boot_that_is_not_mounted_is_not_written_to(
+    tmp_path: Path, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = debian(tmp_path / "root")
+    write(root / "etc/fstab", "# /dev/vda1 /boot ext4\nUUID=1 / ext4 defaults 0 1\n")
+    place = open_root(root)
+    monkeypatch.setattr("kflex_repro.kernel.place.Root.is_host", property(lambda _self: True))
+    monkeypatch.setattr("kflex_repro.kernel.image.machine", lambda _root: "x86_64")
+    assert plan.make(place, source.find(built)).release == NEW
+    write(root / "etc/fstab", "UUID=1 / ext4 defaults 0 1\nUUID=2 /boot vfat umask=077 0 2\n")
+    with pytest.raises(KflexError, match="has a file system for /boot, and it is not mounted"):
+        plan.make(place, source.find(built))
 
 
 # -- killed anywhere
