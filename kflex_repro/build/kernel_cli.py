@@ -182,8 +182,8 @@ def _print(outcome: Outcome, dry_run: bool) -> None:
         record = built.record
         state = f"built in {built.seconds:.0f} s, log {built.log}" if built.built else "from the cache"
         say(f"kernel     {record.release}, {record.objects} objects; {state}")
+        say("try it:    kflex-repro vm run --kernel PATH -- uname -a")
         say(str(built.path))
-        console.print(f"try it:    kflex-repro vm run --kernel {built.path} -- uname -a", markup=False)
 
 
 def _forecast(plan: Plan) -> str:
