@@ -225,7 +225,7 @@ BURST_RUN_S = 7.0
 
 
 # How much longer those take on an emulated CPU.
-EMULATED_OVERHEAD = 5.0
+EMULATED_OVERHEAD = 3.0
 
 
 def estimate(scenarios: Sequence[Scenario], pairs: int, seconds: float, *, emulated: bool = False) -> float:
