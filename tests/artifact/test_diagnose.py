@@ -82,7 +82,7 @@ def under_strace(log: Path, *command: str) -> None:
 
 
 def test_a_map_larger_than_ram_is_found_from_its_strace(failing: str, tmp_path: Path) -> None:
-    require("root")
+    require("root", "capabilities")
     log = tmp_path / "log"
     under_strace(log, failing, "create", "256")
     report = diagnose("--log", str(log), "--this-machine")
@@ -162,7 +162,7 @@ def traced_libbpf() -> Path:
 
 @pytest.mark.usefixtures("traced_libbpf")
 def test_a_program_of_shared_libbpf_is_traced_when_it_is_run() -> None:
-    require("root")
+    require("root", "capabilities")
     program = "from kflex_repro.bpf.maps import Map; Map.create(2, 4, 4096, 1 << 26, 1 << 10, 'heap')"
     report = diagnose("--", sys.executable, "-c", program)
     assert "trace" in report["log"]["forms"]
@@ -180,7 +180,7 @@ def test_a_program_without_shared_libbpf_says_so(failing: str) -> None:
 
 
 def test_both_are_found_when_the_command_is_run(failing: str) -> None:
-    require("root")
+    require("root", "capabilities")
     created = diagnose("--strace", "--", failing, "create", "256")
     assert causes(created)[0] == "eager-heap"
     assert created["command_status"] == 1
@@ -248,7 +248,7 @@ def memory_cgroup(limit: int) -> Iterator[Path]:
 
 def test_a_memory_cgroup_limit_is_the_cause(failing: str) -> None:
     """1 GiB fits the machine, not the cgroup of 512 MiB; nothing is killed, bpf() gives ENOMEM."""
-    require("root")
+    require("root", "capabilities")
     with memory_cgroup(GIB // 2) as group:
 
         def join() -> None:

@@ -261,7 +261,7 @@ def full_disk(size: str) -> Iterator[Path]:
 
 
 def test_a_full_disk_changes_nothing(root: Path) -> None:
-    require("root")  # mounts a small file system
+    require("root", "capabilities")  # mounts a small file system
     with full_disk("256k") as place:
         shutil.copytree(root, place / "tree")
         before = snapshot(place / "tree")

@@ -30,6 +30,7 @@ signal.sigwait({{signal.SIGUSR1}})
 """
 
 
+@pytest.mark.smoke("bpf")
 @pytest.mark.parametrize("way", list(hello._WAYS))
 def test_a_known_number_of_reads_is_counted(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     require("tp_btf")

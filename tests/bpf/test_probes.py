@@ -23,6 +23,7 @@ def probes_left() -> list[str]:
     return groups + [line for line in shown.splitlines() if "kflex_probe" in line]
 
 
+@pytest.mark.smoke("bpf")
 @pytest.mark.parametrize("run", REQUIRED, ids=lambda run: run.__name__)
 def test_what_the_default_job_needs_is_here(run) -> None:
     assert run()
@@ -36,6 +37,7 @@ def test_the_rest_works_or_says_why(run) -> None:
         assert error.what and "\n" not in str(error)
 
 
+@pytest.mark.smoke("bpf")
 def test_probes_leave_nothing() -> None:
     for run in (*REQUIRED, *OPTIONAL):
         try:

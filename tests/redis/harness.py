@@ -30,6 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kflex_repro.patience import patient
 from kflex_repro.redis.resp import Decoder, ErrorReply, Reply, encode_command, encode_pipeline
 from tests.conftest import require
 
@@ -48,7 +49,9 @@ class Timeout(AssertionError):
 def eventually(
     condition: Callable[[], Any], timeout: float = 5.0, what: str = "", every: float = 0.002
 ) -> Any:
-    """The first true value of condition(), polled until ``timeout`` seconds have gone; else Timeout."""
+    """The first true value of condition(), polled until ``timeout`` seconds have gone (more where the CPU is
+    emulated); else Timeout."""
+    timeout = patient(timeout)
     deadline = time.monotonic() + timeout
     while True:
         value = condition()
@@ -78,9 +81,8 @@ class Conn:
         timeout: float = REPLY_TIMEOUT,
         hello: bool = True,
     ) -> None:
-        self.sock = socket.create_connection((host, port), timeout=timeout)
+        self.sock = socket.create_connection((host, port), timeout=patient(timeout))
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.sock.settimeout(timeout)
         self.decoder = Decoder()
         self.raw = b""
         if proto == 3 and hello:
@@ -140,7 +142,7 @@ class Conn:
 
     def closed(self, timeout: float = 5.0) -> bool:
         """Whether the server closes the connection in time, with nothing more to read."""
-        self.sock.settimeout(timeout)
+        self.sock.settimeout(patient(timeout))
         try:
             return self.sock.recv(1) == b""
         except TimeoutError:
@@ -434,7 +436,7 @@ class Snapshot:
     def must_return(self, timeout: float = 10.0) -> None:
         """Waits until the system is as it was here (the kernel frees maps and programs a moment after their
         last user has gone); AssertionError with the difference if it does not become so."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + patient(timeout)
         while True:
             left = self.difference(Snapshot.take())
             if not left:
@@ -455,7 +457,7 @@ def cli(*args: str, timeout: float = 60.0, **kw: Any) -> subprocess.CompletedPro
         [sys.executable, "-m", "kflex_repro", *args],
         capture_output=True,
         text=True,
-        timeout=timeout,
+        timeout=patient(timeout),
         check=False,
         cwd=Path(__file__).resolve().parents[2],
         **kw,

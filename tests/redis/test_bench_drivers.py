@@ -164,7 +164,7 @@ def test_attach_to_a_server_with_a_password() -> None:
 
 
 def test_a_veth_pair_joins_two_namespaces_and_goes() -> None:
-    require("root")
+    require("root", "capabilities")
     with netns.VethPair() as pair:
         assert len(pair.left_behind()) == 2
         with (
@@ -184,7 +184,7 @@ def test_a_veth_pair_joins_two_namespaces_and_goes() -> None:
 
 
 def test_a_veth_pair_goes_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
-    require("root")
+    require("root", "capabilities")
     pair = netns.VethPair()
 
     def fail(*_: object) -> None:

@@ -331,6 +331,7 @@ def test_soak_killed_right_after(name: str) -> None:
         killed_right_after([name])
 
 
+@pytest.mark.smoke("recovery")
 def test_killed_when_redis_could_not_even_drain() -> None:
     """The main thread stands still, SETs are served until the oldest is due: all of them come back."""
     with rig() as r:

@@ -56,6 +56,12 @@ COMMANDS: tuple[str, ...] = (
     "GETRANGE s 0 -1",
 )  # fmt: skip
 
+# One of each kind also in a VM, where everything is slow.
+SMOKE = frozenset(
+    ("SET s x EX 1000", "APPEND s x", "INCR n", "DEL s", "RENAME s t", "MOVE s 1", "EXPIRE s -1",
+     "SORT list STORE s", "FLUSHALL", "SWAPDB 0 1", "DEBUG RELOAD")
+)  # fmt: skip
+
 SCRIPTS: tuple[tuple[str, ...], ...] = (
     ("EVAL", "return redis.call('SET',KEYS[1],'x')", "1", "s"),
     ("EVAL", "redis.call('DEL',KEYS[1]) return redis.call('GET',KEYS[1])", "1", "s"),
@@ -126,7 +132,10 @@ def test_a_command_from_elsewhere(both: Both, command: str) -> None:
     both.set_everywhere()
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(each, marks=[pytest.mark.smoke("coherence")] * (each in SMOKE)) for each in COMMANDS],
+)
 def test_a_command_right_after_sets_of_the_kernel(both: Both, command: str) -> None:
     """The keys are dirty: their values must be in Redis before the command runs."""
     for key, value in (("s", "sss"), ("t", "ttt"), ("n", "10")):
@@ -148,6 +157,7 @@ def test_a_command_in_a_transaction(both: Both, command: str) -> None:
     both.set_everywhere()
 
 
+@pytest.mark.smoke("coherence")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda words: words[1])
 def test_a_script(both: Both, script: tuple[str, ...]) -> None:
     both.conn.do("SET", "s", "sss")
@@ -199,6 +209,7 @@ def test_restore_and_migrate(both: Both, plain: Sut) -> None:
 # -- time to live --
 
 
+@pytest.mark.smoke("coherence")
 def test_a_key_with_a_ttl_is_never_resident(both: Both) -> None:
     for command in (
         ("SETEX", "s", "1000", "x"),
@@ -218,6 +229,7 @@ def test_a_key_with_a_ttl_is_never_resident(both: Both) -> None:
         both.resident("s")
 
 
+@pytest.mark.smoke("coherence")
 def test_expiry_is_honoured(both: Both) -> None:
     other = both.other
     for _ in range(5):
@@ -248,6 +260,7 @@ def test_expire_and_set_race(both: Both) -> None:
 # -- types --
 
 
+@pytest.mark.smoke("coherence")
 def test_other_types_answer_wrongtype(both: Both) -> None:
     for key in ("list", "set1", "zset", "geo", "hash"):
         for _ in range(3):

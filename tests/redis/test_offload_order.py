@@ -29,6 +29,7 @@ def test_a_fast_reply_never_overtakes_a_slow_one(sut: Sut, conn: Conn, key: str)
         assert [conn.read() for _ in range(4)] == [b"v", b"v", 1, b"v"]
 
 
+@pytest.mark.smoke("order")
 def test_not_even_one_of_a_stopped_server(sut: Sut, conn: Conn, key: str) -> None:
     """The slow command waits in the server's socket: nothing has been counted as answered."""
     import os
@@ -45,6 +46,7 @@ def test_not_even_one_of_a_stopped_server(sut: Sut, conn: Conn, key: str) -> Non
         assert [conn.read(), conn.read()] == [1, b"v"]
 
 
+@pytest.mark.smoke("gate")
 def test_a_get_is_served_while_redis_is_stopped(sut: Sut, conn: Conn, key: str) -> None:
     """What nothing is in the way of needs no Redis."""
     import os
@@ -60,6 +62,7 @@ def test_a_get_is_served_while_redis_is_stopped(sut: Sut, conn: Conn, key: str) 
         os.kill(sut.server.pid, signal.SIGCONT)
 
 
+@pytest.mark.smoke("order")
 @pytest.mark.parametrize("first", [1, 3, 1000])
 def test_a_reply_half_read_holds_the_next_back(sut: Sut, conn: Conn, first: int) -> None:
     """An injected reply is read before what is in the receive queue: so there must be nothing in it."""
@@ -84,6 +87,7 @@ def test_a_reply_not_read_at_all(sut: Sut, conn: Conn, key: str) -> None:
         assert [conn.read() for _ in range(3)] == [1, b"v", b"OK"]
 
 
+@pytest.mark.smoke("order")
 def test_a_set_is_seen_by_the_next_slow_command(sut: Sut, conn: Conn, key: str) -> None:
     other = sut.connect()
     for number in range(300):
@@ -91,6 +95,7 @@ def test_a_set_is_seen_by_the_next_slow_command(sut: Sut, conn: Conn, key: str) 
         assert (conn if number % 2 else other).do("GETRANGE", key, 0, -1) == b"%d" % number
 
 
+@pytest.mark.smoke("order")
 def test_a_slow_write_is_seen_by_the_next_get(sut: Sut, conn: Conn, key: str) -> None:
     other = sut.connect()
     sut.warm(other)
@@ -99,6 +104,7 @@ def test_a_slow_write_is_seen_by_the_next_get(sut: Sut, conn: Conn, key: str) ->
         assert (other if number % 3 else conn).do("GET", key) == b"%d" % number
 
 
+@pytest.mark.smoke("order")
 def test_requests_cut_in_two_everywhere(sut: Sut, conn: Conn, key: str) -> None:
     data = encode_pipeline([("GET", key), ("SET", key, "v"), ("GET", key)])
     for cut in range(1, len(data)):
@@ -122,6 +128,7 @@ def test_a_cut_request_followed_by_a_whole_one(sut: Sut, key: str) -> None:
     assert conn.do("GET", "t") == trap
 
 
+@pytest.mark.smoke("order")
 def test_multi_passes_as_a_whole_and_is_served_again_afterwards(sut: Sut, conn: Conn, key: str) -> None:
     for end in ("EXEC", "DISCARD"):
         before = sut.stats()
@@ -173,6 +180,7 @@ def test_exec_with_arguments(sut: Sut, conn: Conn, plain: Sut, key: str) -> None
     plain.hang_up()
 
 
+@pytest.mark.smoke("order")
 def test_watch_sees_sets_of_the_kernel(sut: Sut, conn: Conn, key: str) -> None:
     other = sut.connect()
     sut.warm(other, key)

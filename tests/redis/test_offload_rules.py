@@ -128,6 +128,7 @@ def test_appendonly_with_another_policy_is_fine(rules: Rules) -> None:
     assert rules.control.do("CONFIG", "SET", "appendonly", "no", "appendfsync", "everysec") == b"OK"
 
 
+@pytest.mark.smoke("gate")
 def test_min_replicas_to_write(rules: Rules) -> None:
     """SETs are then refused, and stay refused."""
     rules.control.do("CONFIG", "SET", "min-replicas-to-write", "1")
@@ -144,6 +145,7 @@ def test_min_replicas_to_write(rules: Rules) -> None:
     rules.served_again()
 
 
+@pytest.mark.smoke("gate")
 def test_timeout(rules: Rules) -> None:
     """Redis closes clients that it believes idle: with a timeout it must see every request."""
     rules.control.do("CONFIG", "SET", "timeout", "100")
@@ -152,6 +154,7 @@ def test_timeout(rules: Rules) -> None:
     rules.served_again()
 
 
+@pytest.mark.smoke("gate")
 def test_monitor(rules: Rules) -> None:
     """A MONITOR sees every command; when it has gone the service comes back."""
     with Conn(rules.sut.port) as monitor:
@@ -206,6 +209,7 @@ def test_tracking_by_broadcast(rules: Rules) -> None:
     rules.served_again()
 
 
+@pytest.mark.smoke("gate")
 def test_pause_of_writes(rules: Rules) -> None:
     writer = rules.sut.connect()
     rules.sut.warm(writer, "k")
@@ -477,6 +481,7 @@ def test_io_threads_are_fine() -> None:
         assert sut.broken_promises() == {}
 
 
+@pytest.mark.smoke("gate")
 def test_a_script_that_keeps_redis_busy(rules: Rules) -> None:
     """Redis then answers BUSY from inside the script: SETs must meet that, GETs may be served."""
     assert rules.control.do("CONFIG", "SET", "busy-reply-threshold", "20") == b"OK"

@@ -28,6 +28,7 @@ def must_serve_both(sut: Sut, conn: Conn, key: bytes | str, value: bytes | str) 
     sut.must_serve(conn, ("GET", key))
 
 
+@pytest.mark.smoke("serving")
 def test_the_first_request_goes_to_redis_and_the_rest_is_served(sut: Sut) -> None:
     conn = sut.connect()
     before = sut.stats()
@@ -38,6 +39,7 @@ def test_the_first_request_goes_to_redis_and_the_rest_is_served(sut: Sut) -> Non
     assert conn.do("GET", "k") == b"v1"
 
 
+@pytest.mark.smoke("serving")
 def test_a_get_that_misses_makes_its_key_resident(sut: Sut, conn: Conn) -> None:
     other = sut.connect()
     assert other.do("MSET", "a", "1", "b", "x" * 4096, "c", "") == b"OK"
@@ -51,6 +53,7 @@ def test_a_missing_key_is_nil_and_never_served(sut: Sut, conn: Conn) -> None:
     assert conn.do("GET", "nothing") is None
 
 
+@pytest.mark.smoke("serving")
 @pytest.mark.parametrize("size", [0, 1, 2, 7, 8, 63, 64, 65, 1000, 2047, 2048, 2049, 4000, 4095, 4096])
 def test_values_up_to_4096_bytes_are_served(sut: Sut, conn: Conn, size: int) -> None:
     value = rng("value", size).randbytes(size)
@@ -61,6 +64,7 @@ def test_values_up_to_4096_bytes_are_served(sut: Sut, conn: Conn, size: int) -> 
     assert conn.do("GETRANGE", "k", 0, -1) == value
 
 
+@pytest.mark.smoke("serving")
 @pytest.mark.parametrize("size", [4097, 5000, 16_384, 1_000_000])
 def test_larger_values_pass(sut: Sut, conn: Conn, size: int) -> None:
     value = rng("large", size).randbytes(size)
@@ -125,6 +129,7 @@ def test_what_is_no_plain_get_or_set_passes(sut: Sut, conn: Conn, command: tuple
     assert not sut.serves(conn, command)
 
 
+@pytest.mark.smoke("serving")
 @pytest.mark.parametrize("count", [1, 2, 16, 32])
 def test_a_pipeline_is_served_whole(sut: Sut, conn: Conn, count: int) -> None:
     keys = [f"resident{i}" for i in range(count)]
@@ -137,6 +142,7 @@ def test_a_pipeline_is_served_whole(sut: Sut, conn: Conn, count: int) -> None:
     assert conn.pipeline(*commands) == expected
 
 
+@pytest.mark.smoke("serving")
 def test_a_pipeline_passes_whole(sut: Sut, conn: Conn) -> None:
     conn.do("SET", "k", "v")
     sut.warm(conn, "k")
@@ -160,6 +166,7 @@ def test_a_key_twice_in_one_message(sut: Sut, conn: Conn) -> None:
     assert conn.do("GETRANGE", "k", 0, -1) == b"3"
 
 
+@pytest.mark.smoke("serving")
 def test_ipv6(sut: Sut) -> None:
     conn = sut.connect("::1")
     assert conn.do("SET", "six", "v") == b"OK"
@@ -185,6 +192,7 @@ def test_a_dual_stack_listener_serves_mapped_addresses() -> None:
             assert sut.served() > 10
 
 
+@pytest.mark.smoke("serving")
 def test_resp3_reads_the_same(sut: Sut) -> None:
     conn = sut.connect(proto=3)
     assert conn.do("SET", "k", "v") == b"OK"
@@ -213,6 +221,7 @@ def test_a_client_over_the_unix_socket_sees_and_is_seen() -> None:
 # -- client libraries and system calls --
 
 
+@pytest.mark.smoke("serving")
 def test_redis_py(sut: Sut) -> None:
     before = sut.served()
     client = redis.Redis(port=sut.port)

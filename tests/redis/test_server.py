@@ -130,7 +130,7 @@ def test_the_server_dies_with_the_toolkit() -> None:
 
 
 def test_in_a_network_namespace() -> None:
-    require("root")
+    require("root", "capabilities")
     name = f"kflex-test-{os.getpid()}"
     subprocess.run(["ip", "netns", "add", name], check=True)
     try:

@@ -55,6 +55,7 @@ def test_a_recording_is_fetched_as_private_as_it_is_there(there: Host, here: Pat
 
 
 def test_a_directory_of_results_is_fetched(there: Host, here: Path) -> None:
+    require("capabilities")
     ran = there.run("profile", "--all", "--duration", "0.3", "--out", here / "a" / "profile")
     assert ran.returncode == 0, ran.stderr
     assert {one.name for one in (here / "a" / "profile").iterdir()} == {

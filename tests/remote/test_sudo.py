@@ -23,7 +23,7 @@ SUDOERS = f"root ALL=(ALL) ALL\n{USER} ALL=(root) NOPASSWD: %s remote-agent\n"
 @pytest.fixture(scope="module")
 def there() -> Iterator[Host]:
     """A host with that user, who may run the toolkit's agent as root."""
-    require("root")
+    require("root", "capabilities")
     if not shutil.which("sudo"):
         unavailable("no sudo: scripts/setup --tests installs it")
     # Not pytest's directory: only root may look into that.

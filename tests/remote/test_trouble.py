@@ -28,7 +28,7 @@ LIST = ("trace", "list", "syscalls", "--match", "read")
 @pytest.fixture(scope="module")
 def redis() -> Iterator[Sut]:
     """A server to watch."""
-    require("root")
+    require("root", "tp_btf")
     with plain_server() as sut:
         yield sut
 
