@@ -70,8 +70,9 @@ def pytest_report_header() -> list[str]:
     """Said at the start: that much is not tested here, and where it is."""
     if REQUIRE_BPF or not _refused():
         return []
-    reason = next(iter(_refused().values()))
-    return [f"BPF cannot be tested on this host ({reason}): the smoke tests run in a VM (tests/vm)"]
+    from kflex_repro import host
+
+    return [f"{host.refusal()}: tests that need it are skipped here, the smoke tests run in a VM (tests/vm)"]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -80,7 +81,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reasons = {f"Skipped: {reason}" for reason in _refused().values()}
     lost = sum(isinstance(each.longrepr, tuple) and each.longrepr[2] in reasons for each in reports)
     if lost:
-        line = f"{lost} tests were skipped, as this host refuses BPF or is not root's; "
+        line = f"{lost} tests were skipped, as BPF or root is not to be had here; "
         terminalreporter.write_line(line + ("in the VM:" if in_vm else "and none ran in a VM"), yellow=True)
     for line in in_vm:
         terminalreporter.write_line(f"VM: {line}")

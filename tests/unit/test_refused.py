@@ -45,11 +45,11 @@ def _plain_run_refuses_nothing() -> None:
 def test_they_are_skipped_and_it_is_said() -> None:
     done = refused("tests/bpf/test_probes.py", "tests/redis/test_offload_order.py")
     assert done.returncode == 0, done.stdout
-    assert "BPF cannot be tested on this host" in done.stdout
-    assert "the smoke tests run in a VM" in done.stdout
+    (said,) = (line for line in done.stdout.splitlines() if "the smoke tests run in a VM" in line)
+    assert "BPF (without CAP_SYS_ADMIN, CAP_PERFMON, CAP_BPF" in said or os.geteuid() != 0
     assert "passed" not in done.stdout and "error" not in done.stdout.splitlines()[-1]
     skipped = int(done.stdout.splitlines()[-1].split(" skipped")[0].split()[-1])
-    assert f"{skipped} tests were skipped, as this host refuses BPF or is not root's" in done.stdout
+    assert f"{skipped} tests were skipped, as BPF or root is not to be had here" in done.stdout
     assert "and none ran in a VM" in done.stdout
 
 

@@ -30,17 +30,25 @@ def run(*command: str, nobody: bool = False) -> subprocess.CompletedProcess[str]
     )
 
 
-@pytest.mark.parametrize("goal", ["test", "soak", "test-redis-suite"])
+@pytest.mark.parametrize("goal", ["soak", "test-redis-suite"])
 def test_without_root_make_says_one_line(goal: str) -> None:
     done = run("make", goal, nobody=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and f"make {goal} needs root: sudo make {goal}" in done.stderr
 
 
-def test_the_benchmark_does_not_ask_for_root_before_it_is_needed() -> None:
-    done = run("make", "-n", "bench", "ARGS=--quick", nobody=True)
+@pytest.mark.parametrize(
+    ("goal", "runs"),
+    [
+        ("bench", "bench redis --quick"),
+        ("test", "pytest --quick"),
+        ("test-vm", "tests.vm 6.1 ./linux --quick"),
+    ],
+)
+def test_what_can_run_in_a_vm_does_not_ask_for_root_before_it_is_needed(goal: str, runs: str) -> None:
+    done = run("make", "-n", goal, "ARGS=--quick", "KERNELS=6.1 ./linux", nobody=True)
     assert done.returncode == 0, done.stderr
-    assert "scripts/setup" in done.stdout and "bench redis --quick" in done.stdout
+    assert "scripts/setup" in done.stdout and runs in done.stdout
     # Objects for this host's kernel, which may have no BTF, are not built for a VM's.
     assert "kflex-repro build" not in done.stdout
 
