@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import struct
 import subprocess
@@ -37,6 +38,12 @@ def require_programs() -> None:
     ):
         if not path.exists():
             unavailable(f"{path} is not there: package {package}")
+
+
+def libraries(program: Path) -> list[Path]:
+    """The shared libraries, and the loader, that a program is started with."""
+    said = subprocess.run(["ldd", program], check=True, capture_output=True, text=True).stdout
+    return [Path(name) for name in re.findall(r"(/\S+) \(0x", said)]
 
 
 def _run(*command: object) -> None:

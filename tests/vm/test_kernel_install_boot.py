@@ -55,9 +55,8 @@ $b poweroff -f
 
 
 def _with_libraries(root: Path, program: str) -> None:
-    listed = subprocess.run(["ldd", program], check=True, capture_output=True, text=True).stdout
-    for name in [program, *re.findall(r"(/\S+) \(0x", listed)]:
-        target = root / name.lstrip("/")
+    for name in (Path(program), *disk.libraries(Path(program))):
+        target = root / name.relative_to("/")
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(name, target)
 
