@@ -69,7 +69,9 @@ def list_command(directory: Path, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("release", "of", "image", "initramfs", "modules", "boot", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for name in ("release", "of", "image", "initramfs", "modules", "boot"):
+        table.add_column(name, no_wrap=True)
     for item in found:
         marks = [
             name
@@ -88,7 +90,12 @@ def list_command(directory: Path, as_json: bool) -> None:
             for size in (item.image_size, item.initrd_size, item.modules_size)
         )
         table.add_row(item.release, item.origin or "unknown", *sizes, ", ".join(marks))
-    Console(soft_wrap=True).print(table) if found else click.echo(f"no kernels in {root.path}")
+    if not found:
+        click.echo(f"no kernels in {root.path}")
+        return
+    # A release that is cut off is none: lines may be longer than the terminal's.
+    width = max(Console().width, Console(width=1000).measure(table).maximum)
+    Console(width=width).print(table)
     for record in Store(root).all():
         for line in record.left if record.state == INSTALLED else ():
             click.echo(f"{record.release}: was left to be run: {line}")
