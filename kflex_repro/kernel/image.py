@@ -57,7 +57,8 @@ def read(path: Path) -> Image:
         with path.open("rb") as stream:
             head = stream.read(_HEAD)
     except OSError as error:
-        raise _none(path, f"cannot read the kernel image, {error.strerror}") from None
+        fix = "sudo, or a copy that you can read" if isinstance(error, PermissionError) else ""
+        raise _none(path, f"cannot read the kernel image, {error.strerror}", fix) from None
     if head[:2] == b"\x1f\x8b":
         try:
             with gzip.open(io.BytesIO(path.read_bytes())) as packed:

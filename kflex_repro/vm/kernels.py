@@ -9,7 +9,6 @@ import contextlib
 import functools
 import platform
 import re
-import struct
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path
 
 from kflex_repro.build import cache, packages, toolchain
 from kflex_repro.errors import KflexError, Unavailable
+from kflex_repro.kernel.image import read
 from kflex_repro.vm import busybox
 
 STOCK = "stock"
@@ -48,32 +48,14 @@ class Kernel:
         return cache.digest([self.release, cache.file_digest(self.image), str(self.modules or "")])
 
 
-def release_of(image: Path) -> str:
-    """The release that a bzImage says it is; KflexError for what is none."""
-    try:
-        with image.open("rb") as stream:
-            head = stream.read(0x10000)
-    except OSError as error:
-        fix = "sudo, or a copy that you can read" if isinstance(error, PermissionError) else "choose another"
-        raise KflexError(f"cannot read the kernel image, {error.strerror}", str(image), fix) from None
-    if head[0x202:0x206] != b"HdrS":
-        raise KflexError(f"not an x86-64 Linux kernel image, {_what(head)}", str(image), "name a bzImage")
-    (version,) = struct.unpack_from("<H", head, 0x20E)
-    text = head[version + 0x200 :].split(b"\0", 1)[0].decode(errors="replace")
-    # xloadflags bit 0: it has the 64-bit entry point.
-    if not struct.unpack_from("<H", head, 0x236)[0] & 1:
-        raise KflexError("a 32-bit kernel", str(image), "name an x86-64 bzImage")
-    return text.split(" ", 1)[0] or "unknown"
-
-
-def _what(head: bytes) -> str:
-    if head[0x38:0x3C] == b"RSC\x05":
-        return "but a RISC-V one"
-    if head[0x38:0x3C] == b"ARM\x64":
-        return "but an arm64 one"
-    if head[:4] == b"\x7fELF":
-        return "but an ELF file (vmlinux? the bzImage is in arch/x86/boot)"
-    return "it lacks the boot header"
+def release_of(path: Path) -> str:
+    """The release that an x86-64 bzImage says it is; KflexError for what is none."""
+    found = read(path)
+    if found.arch != "x86_64":
+        raise KflexError(f"a kernel for {found.arch}, guests are x86-64", str(path), "name an x86-64 bzImage")
+    if found.release is None:
+        raise KflexError("the kernel image does not say its release", str(path), "name a bzImage")
+    return found.release
 
 
 def find(spec: str = STOCK, report: Report = lambda _line: None) -> Kernel:

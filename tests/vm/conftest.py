@@ -29,7 +29,9 @@ def stock() -> kernels.Kernel:
 def bzimage(release: str = "6.12.0-test", sixty_four: bool = True) -> bytes:
     """The header of an x86-64 kernel image, and no more."""
     image = bytearray(0x400)
+    image[0x1FE:0x200] = b"\x55\xaa"
     image[0x202:0x206] = b"HdrS"
+    struct.pack_into("<H", image, 0x206, 0x20F)
     struct.pack_into("<H", image, 0x20E, 0x100)
     struct.pack_into("<H", image, 0x236, int(sixty_four))
     text = f"{release} (builder@host) #1".encode()

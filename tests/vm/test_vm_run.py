@@ -304,12 +304,12 @@ def test_no_kernel_package(
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (b"\0" * 0x38 + b"RSC\x05" + b"\0" * 0x1000, "a RISC-V one"),
-        (b"\0" * 0x38 + b"ARM\x64" + b"\0" * 0x1000, "an arm64 one"),
-        (b"\x7fELF" + b"\0" * 0x1000, "an ELF file"),
-        (bzimage(sixty_four=False), "a 32-bit kernel"),
-        (b"", "lacks the boot header"),
-        (b"#!/bin/sh\n", "lacks the boot header"),
+        (b"\0" * 0x38 + b"RSC\x05" + b"\0" * 0x1000, "a kernel for riscv64"),
+        (b"\0" * 0x38 + b"ARM\x64" + b"\0" * 0x1000, "a kernel for aarch64"),
+        (b"\x7fELF" + b"\0" * 0x1000, "an ELF vmlinux"),
+        (bzimage(sixty_four=False), "a kernel for i686"),
+        (b"", "not a kernel image"),
+        (b"#!/bin/sh\n", "not a kernel image"),
     ],
 )
 def test_images_of_other_machines(tmp_path: Path, content: bytes, what: str) -> None:
