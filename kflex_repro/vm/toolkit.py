@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,20 +9,15 @@ from pathlib import Path
 from kflex_repro.vm import rootfs
 from kflex_repro.vm.run import Request
 
-# What a guest has of its own.
-_NOT_THEIRS = ("KFLEX_VM", "KFLEX_OUT", "KFLEX_CACHE")
-
 
 def request(arguments: Sequence[str], timeout: float, out: Path | None = None) -> Request:
     """``kflex-repro ARGUMENTS`` in a guest of the stock kernel; ``timeout`` in s over all."""
     source = Path(__file__).resolve().parents[2]
-    ours = {name: value for name, value in os.environ.items() if name.startswith("KFLEX_")}
-    env = {name: value for name, value in ours.items() if name not in _NOT_THEIRS}
     return Request(
         command=(sys.executable, "-m", "kflex_repro", *arguments),
         timeout=timeout,
         cwd=source,
-        env={**env, "PYTHONPATH": str(source)},
+        env={"PYTHONPATH": str(source)},
         out=out,
     )
 
