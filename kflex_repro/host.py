@@ -328,6 +328,8 @@ def _python() -> _Finding:
 
 def _kvm() -> _Finding:
     """Whether guests then run is only known by trying: nested virtualisation may be incomplete."""
+    from kflex_repro.vm import qemu
+
     fix = "VMs are emulated without it, and slow"
     try:
         os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
@@ -335,6 +337,9 @@ def _kvm() -> _Finding:
         return _Finding("degraded", error.strerror or "", f"be in its group (usermod -aG kvm USER): {fix}")
     except OSError as error:
         return _Finding("degraded", error.strerror or "", fix)
+    # A guest tried it, since this host was booted.
+    if qemu.kvm_has_failed():
+        return _Finding("degraded", "/dev/kvm can be opened, but runs no guest", fix)
     return _ok("/dev/kvm can be opened")
 
 

@@ -84,7 +84,7 @@ def accelerators(wanted: str, note: Callable[[str], None]) -> tuple[str, ...]:
     if not os.access(KVM, os.R_OK | os.W_OK):
         note(f"no KVM ({_kvm_reason()}): the guest is emulated (TCG), and slow")
         return ("tcg",)
-    if _kvm_verdict().exists():
+    if kvm_has_failed():
         note("KVM cannot run the guest on this host: it is emulated (TCG), and slow")
         return ("tcg",)
     return ("kvm", "tcg")
@@ -94,6 +94,11 @@ def kvm_failed() -> None:
     """Remember, until the host is booted again, that guests do not run under KVM here."""
     _kvm_verdict().parent.mkdir(exist_ok=True)
     _kvm_verdict().touch()
+
+
+def kvm_has_failed() -> bool:
+    """Whether that was found since the host was booted."""
+    return _kvm_verdict().exists()
 
 
 def _kvm_verdict() -> Path:
