@@ -64,6 +64,9 @@ config EXPERT
 config HIDDEN
 	bool "Only for experts" if EXPERT
 
+config DEBUG_INFO_BTF
+	bool "Types of the kernel"
+
 config BTF
 	bool "Types"
 	depends on (NET || 64BIT) && TOOL_VERSION >= 121
@@ -88,6 +91,7 @@ bzImage: $(OBJECTS)
 	@$(LD) -r -o $(O)/arch/x86/boot/bzImage $(OBJECTS)
 	@nm $(O)/arch/x86/boot/bzImage > $(O)/System.map
 	@echo 6.99.1-small > $(O)/include/config/kernel.release
+	@objcopy --add-section .BTF=$(O)/System.map $(O)/arch/x86/boot/bzImage $(O)/vmlinux
 modules:
 modules_install:
 	@mkdir -p $(INSTALL_MOD_PATH)/lib/modules/6.99.1-small

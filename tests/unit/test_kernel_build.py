@@ -169,6 +169,12 @@ def test_modules_are_kept_where_there_are_any(house: House) -> None:
     assert (path / "modules/lib/modules/6.99.1-small/modules.dep").exists()
 
 
+def test_btf_is_kept_as_the_kernel_has_it(house: House) -> None:
+    fragment(house.fragment, "CONFIG_DEBUG_INFO_BTF=y")
+    path = Path(str(house.made()["path"]))
+    assert (path / "btf").read_bytes() == (path / "System.map").read_bytes()  # its stand-in
+
+
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_build_leaves_no_compiler_and_goes_on(house: House, signum: signal.Signals) -> None:
     os.mkfifo(house.gate)
