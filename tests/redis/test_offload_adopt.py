@@ -64,11 +64,12 @@ def early_server(args: Sequence[str] = (), **kw: Any) -> Iterator[Sut]:
             yield sut
         finally:
             sut.hang_up()
+            # First: stop waits, up to three seconds, until nobody has the programs any more.
+            if sut.session is not None:
+                sut.session.close()
             found = offload.find(server.port)
             if found is not None:
                 found.stop(force=True)
-            if sut.session is not None:
-                sut.session.close()
 
 
 @pytest.fixture(autouse=True)
