@@ -35,6 +35,7 @@ _MOUNT_ATTR_RDONLY = 1
 # CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETGID, SETUID, SETPCAP, SYS_CHROOT, MKNOD, SETFCAP: virtiofsd ends
 # without one of them. A container has them by default.
 _FILE_SERVER_CAPABILITIES = sum(1 << bit for bit in (0, 1, 3, 4, 6, 7, 8, 18, 27, 31))
+_ENDS_US = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -117,6 +118,7 @@ def _dies_with_us() -> Callable[[], None]:
     parent = os.getpid()
 
     def prepare() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDS_US)
         _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
@@ -251,6 +253,8 @@ class Machine:
     def _spawn(
         self, command: Sequence[str], fds: Sequence[int], prepare: Callable[[], None] | None = None
     ) -> None:
+        # With a preexec_fn Python runs its hooks for forks, and drops what a signal's handler raises there.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDS_US)
         try:
             self._children.append(
                 subprocess.Popen(
@@ -267,6 +271,8 @@ class Machine:
             )
         except OSError as error:
             raise KflexError(f"cannot start {command[0]}, {error.strerror}") from None
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     @property
     def running(self) -> bool:

@@ -254,6 +254,22 @@ def test_no_moment_to_end_it_leaves_anything(
         watch.nothing_left()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_moment_of_a_fork_is_not_lost(
+    fake: Fake, kernel_file: Path, number: signal.Signals
+) -> None:
+    fake("hangs")
+    script = (
+        "import os, sys\n"
+        "from kflex_repro.cli import main\n"
+        f"os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), {int(number)}))\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    words = ["vm", "run", *_TCG, "--kernel", str(kernel_file), "--", "true"]
+    done = subprocess.run([sys.executable, "-c", script, *words], check=False, timeout=60)
+    assert done.returncode == 128 + number
+
+
 def _end(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
     process.send_signal(number)
     status = process.wait(20)
