@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import os
 import shutil
-import signal
 import stat
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,6 +17,7 @@ from hypothesis import strategies as st
 from kflex_repro.errors import KflexError
 from kflex_repro.patching.tree import STATE_DIRECTORY, Edit, Tree
 from tests.conftest import require
+from tests.cut_short import cut_at, small_disk
 
 Snapshot = dict[str, tuple[bytes, int]]
 
@@ -249,20 +246,9 @@ def test_a_tree_that_is_none_is_one_line(root: Path, place: str) -> None:
         Tree.open(root.parent / place)
 
 
-@contextlib.contextmanager
-def full_disk(size: str) -> Iterator[Path]:
-    place = Path(tempfile.mkdtemp())
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True)
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", place], check=True)
-        place.rmdir()
-
-
 def test_a_full_disk_changes_nothing(root: Path) -> None:
     require("root", "capabilities")  # mounts a small file system
-    with full_disk("256k") as place:
+    with small_disk("256k") as place:
         shutil.copytree(root, place / "tree")
         before = snapshot(place / "tree")
         tree = Tree.open(place / "tree")
@@ -311,34 +297,13 @@ def test_a_damaged_record_is_one_line(root: Path) -> None:
 # -- killed anywhere
 
 
+def touches(event: str, _args: tuple[object, ...]) -> bool:
+    return event in {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.utime", "os.chmod", "open"}
+
+
 def stopped_at(step: int, change: Callable[[], None], kill: bool = True) -> bool:
     """Run a change in a child that is killed or interrupted at its ``step``-th touch of the disk; whether."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        count = 0
-
-        def hook(event: str, args: tuple[object, ...]) -> None:
-            nonlocal count
-            touches = event in {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.utime", "os.chmod"}
-            if touches or event == "open":
-                count += 1
-                if count == step:
-                    if kill:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    raise KeyboardInterrupt
-
-        try:
-            sys.addaudithook(hook)
-            change()
-        except KeyboardInterrupt:
-            os._exit(130)
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, -signal.SIGKILL if kill else 130)
-    return code != 0
+    return cut_at(step, change, touches, kill)
 
 
 @pytest.mark.parametrize(

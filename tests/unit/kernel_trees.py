@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import struct
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from kflex_repro.kernel import grub, install, inventory, plan, source
 from kflex_repro.kernel.place import open_root
 from kflex_repro.vm import busybox
+from tests.cut_short import cut_at
 
 Snapshot = dict[str, object]
 
@@ -219,44 +218,26 @@ def installed(root: Path, built: Path, defer: bool = False) -> tuple[str, ...]:
     return install.install(plan.make(open_root(root), source.find(built), defer))
 
 
+_TOUCHES = {
+    "os.rename",
+    "os.remove",
+    "os.mkdir",
+    "os.rmdir",
+    "os.symlink",
+    "shutil.rmtree",
+    "subprocess.Popen",
+}
+
+
+def _touches(event: str, args: tuple[object, ...]) -> bool:
+    writes = event == "open" and isinstance(args[2], int) and bool(args[2] & (os.O_WRONLY | os.O_RDWR))
+    return event in _TOUCHES or writes
+
+
 def killed_at(step: int, change: Callable[[], object], kill: bool = True) -> bool:
     """Run a change in a child that is killed, or interrupted, before its ``step``-th touch of the disk, or
     start of a program; whether it was."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        count = 0
-        touches = {
-            "os.rename",
-            "os.remove",
-            "os.mkdir",
-            "os.rmdir",
-            "os.symlink",
-            "shutil.rmtree",
-            "subprocess.Popen",
-        }
-
-        def hook(event: str, args: tuple[object, ...]) -> None:
-            nonlocal count
-            writes = event == "open" and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR)
-            if event in touches or writes:
-                count += 1
-                if count == step:
-                    if kill:
-                        os.kill(os.getpid(), signal.SIGKILL)
-                    raise KeyboardInterrupt
-
-        try:
-            sys.addaudithook(hook)
-            change()
-        except KeyboardInterrupt:
-            os._exit(130)
-        except BaseException:
-            os._exit(1)
-        os._exit(0)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, -signal.SIGKILL if kill else 130)
-    return code != 0
+    return cut_at(step, change, _touches, kill)
 
 
 def bootable(root: Path) -> bool:

@@ -10,10 +10,8 @@ import os
 import shutil
 import signal
 import struct
-import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +22,7 @@ from kflex_repro.kernel import cli, install, inventory, once, plan, source
 from kflex_repro.kernel.place import open_root
 from kflex_repro.kernel.record import PLACE, Store
 from tests.conftest import require
+from tests.cut_short import small_disk
 from tests.unit.kernel_trees import (
     MACHINE,
     NEW,
@@ -346,17 +345,6 @@ def test_the_running_kernel_stays(tmp_path: Path, built: Path, monkeypatch: pyte
         install.removal(open_root(root), NEW)
     (item,) = (item for item in inventory.kernels(open_root(root)) if item.running)
     assert item.release == NEW
-
-
-@contextlib.contextmanager
-def small_disk(size: str) -> Iterator[Path]:
-    place = Path(tempfile.mkdtemp())
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True)
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", place], check=True)
-        place.rmdir()
 
 
 def test_space_is_asked_for_before_anything_is_written(
