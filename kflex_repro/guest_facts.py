@@ -22,7 +22,7 @@ def ask(say: Callable[[str], None], note: Callable[[str], None]) -> dict[str, An
     say("looking for a kernel")
     kernel = kernels.find(kernels.STOCK, note)
     say(f"asking Linux {kernel.release} in a VM")
-    request = toolkit.request(["doctor", "--json"], _TIMEOUT_S)
+    request = toolkit.request(["doctor", "--json"], kernel, _TIMEOUT_S)
     outcome = run.run(request, out.extend, complaints.extend, note, progress=toolkit.progress(say))
     try:
         report = json.loads(out)

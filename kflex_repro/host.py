@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from kflex_repro import memory
+from kflex_repro import capabilities, memory
 from kflex_repro.bpf import fs, libbpf, probe
 from kflex_repro.build import cache, toolchain
 from kflex_repro.build.objects import KERNEL_BTF
@@ -235,8 +235,7 @@ def _limits() -> _Finding:
 
 
 def _capabilities() -> _Finding:
-    match = re.search(r"CapEff:\s*([0-9a-f]+)", Path("/proc/self/status").read_text())
-    effective = int(match.group(1), 16) if match else 0
+    effective = capabilities.effective()
     lacking = [name for name, bit in _CAPABILITIES.items() if not effective >> bit & 1]
     if lacking:
         return _Finding("missing", f"without {', '.join(lacking)}", "run as root (sudo)")

@@ -112,7 +112,7 @@ class Guest:
         self._event({"text": f"building BPF objects for the VM's kernel, {kernel.release}"})
         run.prepare(kernel, self._note)
         self._event({"text": f"booting Linux {kernel.release}"})
-        request = toolkit.request(arguments(self._options), timeout_s(self._options), self._out)
+        request = toolkit.request(arguments(self._options), kernel, timeout_s(self._options), self._out)
         return run.run(
             request,
             toolkit.Lines(self._said),

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn
 from rich.progress import Progress as ProgressBar
 
 from kflex_repro.errors import KflexError
+from kflex_repro.vm.kernels import Kernel
 from kflex_repro.vm.rootfs import Progress
 
 _UNITS = {"": 1 << 20, "M": 1 << 20, "G": 1 << 30}
@@ -163,9 +164,10 @@ def run_command(
     """
     from kflex_repro.vm import run
 
+    found = _kernel(kernel, objects)
     request = run.Request(
         command=_as_here(command),
-        kernel=kernel,
+        kernel=found,
         memory=memory,
         cpus=cpus,
         accel=accel,
@@ -176,8 +178,6 @@ def run_command(
         env=env,
         out=out or Path("results") / time.strftime("%Y%m%d-%H%M%S-vm", time.gmtime()),
     )
-    if objects:
-        _objects(kernel)
     outcome = run.run(request, _write(sys.stdout), _write(sys.stderr), _note, progress=progress())
     if outcome.files:
         _note(f"{len(outcome.files)} files of $KFLEX_OUT are in {request.out}")
@@ -214,12 +214,15 @@ def _as_here(command: tuple[str, ...]) -> tuple[str, ...]:
     return command
 
 
-def _objects(kernel: str) -> None:
+def _kernel(spec: str, objects: bool) -> Kernel:
+    """The kernel of a spec; with ``objects`` those for it are built."""
     from kflex_repro.vm import kernels, run
 
-    errors = Console(stderr=True)
-    with errors.status("BPF objects for the guest"):
-        run.prepare(kernels.find(kernel, _note), _note)
+    kernel = kernels.find(spec, _note)
+    if objects:
+        with Console(stderr=True).status("BPF objects for the guest"):
+            run.prepare(kernel, _note)
+    return kernel
 
 
 @group.command("shell")
@@ -235,17 +238,16 @@ def shell(
     objects: bool,
 ) -> None:
     """A shell as root in a guest, in the same directory. `exit` ends the guest; so does Ctrl-], always."""
-    from kflex_repro.vm import kernels, run, terminal
+    from kflex_repro.vm import run, terminal
 
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise KflexError("vm shell wants a terminal", "standard input or output is none", "use vm run")
-    if objects:
-        _objects(kernel)
+    found = _kernel(kernel, objects)
     size = os.get_terminal_size()
     names = {"TERM": os.environ.get("TERM", "vt100"), "LINES": str(size.lines), "COLUMNS": str(size.columns)}
     request = run.Request(
         command=("/bin/bash", "-i"),
-        kernel=kernel,
+        kernel=found,
         memory=memory,
         cpus=cpus,
         accel=accel,
@@ -256,5 +258,5 @@ def shell(
         env={**names, **env},
     )
     # While the terminal is still this one's.
-    run.layers(request, kernels.find(kernel, _note), progress())
+    run.layers(request, found, progress())
     sys.exit(terminal.shell(request, _note))

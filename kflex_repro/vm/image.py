@@ -69,7 +69,7 @@ def boot_archive(kernel: Kernel) -> Path:
 
     def make(out: Path) -> None:
         names = ("bin", "dev", "proc", "sys", "modules", "new", "low")
-        files = dict.fromkeys(names, (stat.S_IFDIR | 493, b""))
+        files = dict.fromkeys(names, (stat.S_IFDIR | 0o755, b""))
         files["bin/busybox"] = (stat.S_IFREG | 0o755, box.read_bytes())
         files["bin/sh"] = (stat.S_IFLNK | 0o777, b"busybox")
         files["init"] = (stat.S_IFREG | 0o755, script.read_bytes())

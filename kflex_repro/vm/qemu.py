@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from kflex_repro import capabilities
 from kflex_repro.build import cache, toolchain
 from kflex_repro.errors import KflexError, Unavailable
 
@@ -150,8 +151,7 @@ def can_share() -> bool:
     """
     if file_server() is None or os.geteuid() != 0:
         return False
-    match = re.search(r"CapEff:\s*([0-9a-f]+)", Path("/proc/self/status").read_text())
-    return match is not None and not _FILE_SERVER_CAPABILITIES & ~int(match.group(1), 16)
+    return not _FILE_SERVER_CAPABILITIES & ~capabilities.effective()
 
 
 class Machine:
@@ -273,16 +273,6 @@ class Machine:
             raise KflexError(f"cannot start {command[0]}, {error.strerror}") from None
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-    @property
-    def running(self) -> bool:
-        """Whether QEMU still runs."""
-        return bool(self._children) and self._children[-1].poll() is None
-
-    @property
-    def status(self) -> int | None:
-        """QEMU's exit status."""
-        return self._children[-1].poll() if self._children else None
 
     def errors(self) -> str:
         """What QEMU and the file server said."""

@@ -60,13 +60,14 @@ def _drop(_data: bytes) -> None:
 
 @dataclass(frozen=True)
 class Request:
-    """A command and the guest it wants. ``memory`` in bytes, ``timeout`` in s over all; ``out`` takes the
-    files that the command wrote to $KFLEX_OUT. ``root``: "virtiofs" the host's own, "image" one made of the
-    host's packages, our sources and the files and directories of ``take``; "none" only busybox.
+    """A command and the guest it wants. ``kernel`` is a spec or what was found; ``memory`` in bytes,
+    ``timeout`` in s over all; ``out`` takes the files that the command wrote to $KFLEX_OUT. ``root``:
+    "virtiofs" the host's own, "image" one made of the host's packages, our sources and the files and
+    directories of ``take``; "none" only busybox.
     """
 
     command: tuple[str, ...]
-    kernel: str = kernels.STOCK
+    kernel: str | Kernel = kernels.STOCK
     memory: int = 2 << 30
     cpus: int = 2
     accel: str = "auto"
@@ -136,7 +137,9 @@ def run(
 
     With a ``keyboard`` (it blocks for what is typed; b"" is the end) the command has a terminal.
     """
-    kernel = kernels.find(request.kernel, note)
+    kernel = request.kernel
+    if isinstance(kernel, str):
+        kernel = kernels.find(kernel, note)
     return _run(request, kernel, stdout, stderr, note, keyboard, progress)
 
 

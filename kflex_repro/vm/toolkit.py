@@ -7,14 +7,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from kflex_repro.vm import rootfs
+from kflex_repro.vm.kernels import Kernel
 from kflex_repro.vm.run import Request
 
 
-def request(arguments: Sequence[str], timeout: float, out: Path | None = None) -> Request:
-    """``kflex-repro ARGUMENTS`` in a guest of the stock kernel; ``timeout`` in s over all."""
+def request(arguments: Sequence[str], kernel: Kernel, timeout: float, out: Path | None = None) -> Request:
+    """``kflex-repro ARGUMENTS`` in a guest of ``kernel``; ``timeout`` in s over all."""
     source = Path(__file__).resolve().parents[2]
     return Request(
         command=(sys.executable, "-m", "kflex_repro", *arguments),
+        kernel=kernel,
         timeout=timeout,
         cwd=source,
         env={"PYTHONPATH": str(source)},

@@ -124,7 +124,7 @@ def run(
         outcome = vm.run(
             vm.Request(
                 command=(sys.executable, "-m", "tests.vm.inside", *modules()),
-                kernel=spec,
+                kernel=kernel,
                 accel=accel,
                 timeout=timeout,
                 cwd=ROOT,
