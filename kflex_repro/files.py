@@ -7,6 +7,7 @@ import errno
 import os
 import tempfile
 from pathlib import Path
+from typing import BinaryIO
 
 from kflex_repro.errors import KflexError
 
@@ -36,3 +37,11 @@ def write_atomically(path: Path, data: bytes, option: str = "--out") -> None:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 Path(temporary).unlink()
+
+
+def in_memory(name: str) -> BinaryIO:
+    """An empty file for another process to write to, gone with its last descriptor; memfd_create(2).
+
+    tempfile's would not do where a killed command may leave nothing: it tries $TMPDIR with a file that has a name.
+    """
+    return os.fdopen(os.memfd_create(name), "w+b")

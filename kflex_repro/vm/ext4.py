@@ -11,11 +11,11 @@ import os
 import shutil
 import stat
 import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from kflex_repro import files
 from kflex_repro.errors import KflexError, Unavailable
 
 # Bytes done, bytes in all.
@@ -224,7 +224,7 @@ def _run(command: list[str], image: Path) -> None:
 def _populate(debugfs: str, image: Path, tree: Tree, progress: Progress) -> None:
     total = sum(count for _, count in _commands(tree))
     done = 0
-    with tempfile.TemporaryFile() as errors:
+    with files.in_memory("debugfs-errors") as errors:
         # Commands through a pipe: should we be killed, it ends, and debugfs with it.
         process = subprocess.Popen(
             [debugfs, "-w", "-f", "-", str(image)],

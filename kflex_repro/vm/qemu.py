@@ -14,13 +14,12 @@ import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from kflex_repro import capabilities
+from kflex_repro import capabilities, files
 from kflex_repro.build import cache, toolchain
 from kflex_repro.errors import KflexError, Unavailable
 
@@ -161,7 +160,7 @@ class Machine:
         self.accel = accel
         self._wish = wish
         self._children: list[subprocess.Popen[bytes]] = []
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by stop()
+        self._errors = files.in_memory("qemu-errors")
         self.console: socket.socket
         self.lines: tuple[socket.socket, ...] = ()
         self._ours: list[socket.socket] = []

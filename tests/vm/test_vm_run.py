@@ -239,6 +239,7 @@ def test_no_moment_to_end_it_leaves_anything(
     root = "virtiofs" if qemu.can_share() else "auto"
     command = [*_VM, "run", *_TCG, "--root", root, "--kernel", str(kernel_file), "--", "true"]
     watch = Watch(tmp_path / "tmp", tmp_path / "cache", own=True)
+    untouched = watch.temporary.stat().st_mtime_ns
     started = time.monotonic()
     process = subprocess.Popen(command, env=watch.env, stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -246,6 +247,8 @@ def test_no_moment_to_end_it_leaves_anything(
     whole = time.monotonic() - started
     _end(process, number)
     watch.nothing_left()
+    # What was there for a moment would be left when it ends in that moment.
+    assert watch.temporary.stat().st_mtime_ns == untouched
     for part in (0.3, 0.6, 0.75, 0.85, 0.95):
         process = subprocess.Popen(command, env=watch.env, stdout=subprocess.PIPE)
         # Not to wait for anything: the moments are to be spread over the start.
