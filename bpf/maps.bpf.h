@@ -22,6 +22,27 @@
 #define BOUND(x, mask) asm volatile("%0 &= %1" : "+r"(x) : "i"(mask))
 
 /*
+ * Eight bytes anywhere, in one access. Behind a cast of a struct's member clang knows how little it is aligned, and takes
+ * it byte by byte; a pointer's target it believes.
+ */
+static __always_inline __u64 word_at(const void *at)
+{
+	return *(const __u64 *)at;
+}
+
+static __always_inline void put_word(void *at, __u64 word)
+{
+	*(__u64 *)at = word;
+}
+
+/*
+ * The value of x in memory, of which the verifier knows nothing: it follows a loop anew for each set of bounds that led
+ * there (the digits of a length, the rounds of a loop before), hundreds of thousands of its million instructions. Where
+ * ways meet again, what must be bounded later is read anew, and their bounds are one.
+ */
+#define forget(x) READ_ONCE(x)
+
+/*
  * The bounds of a message's first element. By hand, because clang may add a field's offset to the context's address
  * before the load, and the verifier refuses that.
  */

@@ -91,7 +91,7 @@ static __always_inline int parse_request(struct kflex_conn *c, __u64 addr, __u32
 		if (bpf_probe_read_kernel(c->hdr, n, (void *)(addr + at)))
 			return -KFLEX_STAT_WHY_OTHER;
 	}
-	prefix = *(__u64 *)c->hdr;
+	prefix = word_at(c->hdr);
 	name = *(__u32 *)(c->hdr + 8);
 	/* Letters differ from the other case's in bit 5; the '\r' has none of its bits there. */
 	name &= 0xffdfdfdf;
@@ -114,10 +114,22 @@ static __always_inline int parse_request(struct kflex_conn *c, __u64 addr, __u32
 	d->koff = at + pos;
 	if (pos + klen + 2 > n)
 		return -KFLEX_STAT_WHY_OTHER;
-	for (w = 0; w < 32; w++) {
-		if (w * 8 >= klen)
+	klen = forget(d->klen);
+	BOUND(klen, 0xff);
+	pos = forget(d->koff) - at;
+	BOUND(pos, 31);
+	for (w = 0; w < KFLEX_MAX_KEY / 8; w++) {
+		if (w >= klen >> 3)
 			break;
-		word = head_of(*(__u64 *)&c->hdr[(pos & 31) + w * 8], klen - w * 8);
+		word = word_at(&c->hdr[pos + w * 8]);
+		c->key[w] = word;
+		h = kflex_hash_word(h, word);
+	}
+	klen = forget(d->klen);
+	BOUND(klen, 0xff);
+	if (klen & 7) {
+		w = klen >> 3;
+		word = head_of(word_at(&c->hdr[pos + w * 8]), klen & 7);
 		c->key[w] = word;
 		h = kflex_hash_word(h, word);
 	}
@@ -147,8 +159,8 @@ static __always_inline int parse_request(struct kflex_conn *c, __u64 addr, __u32
 	d->rlen = 5;
 	tail = pos + vlen;
 	if (tail + 2 <= n) {
-		magic = *(__u32 *)&c->hdr[pos & 0x1ff];
-		crlf = *(__u16 *)&c->hdr[tail & 0x1ff];
+		magic = word_at(&c->hdr[pos & 0x1ff]);
+		crlf = word_at(&c->hdr[tail & 0x1ff]);
 	} else {
 		bpf_probe_read_kernel(&magic, 4, (void *)(addr + at + pos));
 		bpf_probe_read_kernel(&crlf, 2, (void *)(addr + at + tail));
@@ -165,9 +177,9 @@ __noinline int write_value(struct sk_msg_md *m, __u32 conn, __u32 i, __u32 at)
 	struct kflex_conn *c = bpf_map_lookup_elem(&conns, &conn);
 	struct kflex_entry *e;
 	struct kflex_desc *d;
-	__u32 vlen, pad, hlen, b, full;
-	__u64 head, off = at;
+	__u64 vlen, pad, off = at, head, full;
 	__u8 *p, *end = msg_end(m), *v;
+	__u32 b;
 
 	if (!c || at > KFLEX_MAX_MESSAGE)
 		return -1;
@@ -180,22 +192,16 @@ __noinline int write_value(struct sk_msg_md *m, __u32 conn, __u32 i, __u32 at)
 		return -1;
 	pad = ((__u32)d->klen + 7) & 0x1f8;
 	v = &e->data[pad];
-
-	if (vlen < 10) {
-		head = '$' | (__u64)('0' + vlen) << 8 | 0x0a0d0000;
-		hlen = 4;
-	} else if (vlen < 100) {
-		head = '$' | (__u64)('0' + vlen / 10) << 8 | (__u64)('0' + vlen % 10) << 16 | 0x0a0d000000;
-		hlen = 5;
-	} else if (vlen < 1000) {
-		head = '$' | (__u64)('0' + vlen / 100) << 8 | (__u64)('0' + vlen / 10 % 10) << 16 |
-		       (__u64)('0' + vlen % 10) << 24 | 0x0a0d00000000;
-		hlen = 6;
-	} else {
-		head = '$' | (__u64)('0' + vlen / 1000) << 8 | (__u64)('0' + vlen / 100 % 10) << 16 |
-		       (__u64)('0' + vlen / 10 % 10) << 24 | (__u64)('0' + vlen % 10) << 32 | 0x0a0d0000000000;
-		hlen = 7;
-	}
+	if (vlen < 10)
+		head = '$' | ('0' + vlen) << 8 | 0x0a0d0000;
+	else if (vlen < 100)
+		head = '$' | ('0' + vlen / 10) << 8 | ('0' + vlen % 10) << 16 | 0x0a0d000000;
+	else if (vlen < 1000)
+		head = '$' | ('0' + vlen / 100) << 8 | ('0' + vlen / 10 % 10) << 16 | ('0' + vlen % 10) << 24 |
+		       0x0a0d00000000;
+	else
+		head = '$' | ('0' + vlen / 1000) << 8 | ('0' + vlen / 100 % 10) << 16 | ('0' + vlen / 10 % 10) << 24 |
+		       ('0' + vlen % 10) << 32 | 0x0a0d0000000000;
 	BOUND(off, 0x7fff);
 	p = (__u8 *)msg_data(m) + off;
 	if (p + 8 <= end) {
@@ -209,7 +215,9 @@ __noinline int write_value(struct sk_msg_md *m, __u32 conn, __u32 i, __u32 at)
 		p[2] = head >> 16;
 		p[3] = head >> 24;
 	}
-	p += hlen;
+	off = at + forget(d->rlen) - 2 - vlen;
+	BOUND(off, 0x7fff);
+	p = (__u8 *)msg_data(m) + off;
 	full = vlen >> 6;
 	for (b = 0; b < KFLEX_MAX_VALUE / 64; b++) {
 		if (b >= full)
@@ -227,6 +235,14 @@ __noinline int write_value(struct sk_msg_md *m, __u32 conn, __u32 i, __u32 at)
 		p += 64;
 		v += 64;
 	}
+	vlen = forget(d->vlen);
+	if (vlen > KFLEX_MAX_VALUE)
+		return -1;
+	full = vlen & ~63ull;
+	off += full;
+	BOUND(off, 0x7fff);
+	p = (__u8 *)msg_data(m) + off;
+	v = &e->data[pad + full];
 	full = (vlen & 63) >> 3;
 	for (b = 0; b < 7; b++) {
 		if (b >= full)
@@ -474,7 +490,7 @@ static __always_inline int load_head(struct sk_msg_md *m, struct kflex_conn *c, 
 	for (i = 0; i < 16; i++) {
 		if (p + 8 > end)
 			break;
-		*(__u64 *)&c->hdr[i * 8] = *(__u64 *)p;
+		put_word(&c->hdr[i * 8], word_at(p));
 		p += 8;
 	}
 	at = size - 8;
@@ -482,7 +498,7 @@ static __always_inline int load_head(struct sk_msg_md *m, struct kflex_conn *c, 
 	p = (__u8 *)msg_data(m) + at;
 	if (p + 8 > end)
 		return -1;
-	*(__u64 *)&c->hdr[at] = *(__u64 *)p;
+	put_word(&c->hdr[at], word_at(p));
 	return 0;
 }
 
@@ -574,12 +590,7 @@ static __always_inline int serve_mixed(struct sk_msg_md *m, struct kflex_ctl *k,
 				break;
 		}
 		KFLEX_BARRIER();
-		for (i = 0; i < KFLEX_MAX_PIPELINE; i++) {
-			if (i >= n || bad)
-				break;
-			if (!c->desc[i].set)
-				bad |= table_moved(c, i);
-		}
+		bad = bad || any_moved(c, n);
 	}
 	/* Whoever took a right away since the plan was made may have changed the value after that. */
 	bad |= !(READ_ONCE(k->allow) & KFLEX_ALLOW_GET);

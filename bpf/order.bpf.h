@@ -73,6 +73,8 @@ static __always_inline int feed_message(struct sk_msg_md *m, struct kflex_conn *
 		at += n;
 		if (at >= size)
 			return 0;
+		WRITE_ONCE(c->addr[role], at);
+		at = forget(c->addr[role]);
 	}
 	return RESP_BAD;
 }

@@ -463,9 +463,9 @@ __noinline __u32 fast_request(struct kflex_conn *c, __u64 addr, __u32 len)
 	if (pos + n + 2 > have)
 		return 0;
 	name = (__u64 *)c->name;
-	name[0] = head_of(*(__u64 *)&c->hdr[pos & 15], n);
-	name[1] = n > 8 ? head_of(*(__u64 *)&c->hdr[(pos & 15) + 8], n - 8) : 0;
-	name[2] = n > 16 ? head_of(*(__u64 *)&c->hdr[(pos & 15) + 16], n - 16) : 0;
+	name[0] = head_of(word_at(&c->hdr[pos & 15]), n);
+	name[1] = n > 8 ? head_of(word_at(&c->hdr[(pos & 15) + 8]), n - 8) : 0;
+	name[2] = n > 16 ? head_of(word_at(&c->hdr[(pos & 15) + 16]), n - 16) : 0;
 	name[3] = 0;
 	flags = command_flags(c);
 	if (flags & KFLEX_CMD_TABLE)

@@ -253,6 +253,22 @@ static __always_inline int table_moved(struct kflex_conn *c, __u32 i)
 	return !bucket || READ_ONCE(bucket->seq) != d->seq;
 }
 
+/* Has that of any GET of the first n requests? A function of its own, and so followed by the verifier only once. */
+__noinline int any_moved(struct kflex_conn *c, __u32 n)
+{
+	__u32 i;
+
+	if (!c)
+		return 1;
+	for (i = 0; i < KFLEX_MAX_PIPELINE; i++) {
+		if (i >= n)
+			break;
+		if (!c->desc[i].set && table_moved(c, i))
+			return 1;
+	}
+	return 0;
+}
+
 /*
  * SET: locks the bucket of c->key and finds where the value will go. Nothing that a reader sees changes.
  * Returns 0, or the reason for passing (then nothing is held).
