@@ -114,14 +114,11 @@ static __always_inline int parse_request(struct kflex_conn *c, __u64 addr, __u32
 	d->koff = at + pos;
 	if (pos + klen + 2 > n)
 		return -KFLEX_STAT_WHY_OTHER;
-	klen = forget(d->klen);
-	BOUND(klen, 0xff);
-	pos = forget(d->koff) - at;
-	BOUND(pos, 31);
+	/* Byte by byte, which the casts mean: a word that was stored as parts of two others waits until they left the CPU. */
 	for (w = 0; w < KFLEX_MAX_KEY / 8; w++) {
 		if (w >= klen >> 3)
 			break;
-		word = word_at(&c->hdr[pos + w * 8]);
+		word = *(__u64 *)&c->hdr[(pos & 31) + w * 8];
 		c->key[w] = word;
 		h = kflex_hash_word(h, word);
 	}
@@ -129,7 +126,7 @@ static __always_inline int parse_request(struct kflex_conn *c, __u64 addr, __u32
 	BOUND(klen, 0xff);
 	if (klen & 7) {
 		w = klen >> 3;
-		word = head_of(word_at(&c->hdr[pos + w * 8]), klen & 7);
+		word = head_of(*(__u64 *)&c->hdr[(pos & 31) + w * 8], klen & 7);
 		c->key[w] = word;
 		h = kflex_hash_word(h, word);
 	}
@@ -159,8 +156,8 @@ static __always_inline int parse_request(struct kflex_conn *c, __u64 addr, __u32
 	d->rlen = 5;
 	tail = pos + vlen;
 	if (tail + 2 <= n) {
-		magic = word_at(&c->hdr[pos & 0x1ff]);
-		crlf = word_at(&c->hdr[tail & 0x1ff]);
+		magic = *(__u32 *)&c->hdr[pos & 0x1ff];
+		crlf = *(__u16 *)&c->hdr[tail & 0x1ff];
 	} else {
 		bpf_probe_read_kernel(&magic, 4, (void *)(addr + at + pos));
 		bpf_probe_read_kernel(&crlf, 2, (void *)(addr + at + tail));
@@ -177,7 +174,7 @@ __noinline int write_value(struct sk_msg_md *m, __u32 conn, __u32 i, __u32 at)
 	struct kflex_conn *c = bpf_map_lookup_elem(&conns, &conn);
 	struct kflex_entry *e;
 	struct kflex_desc *d;
-	__u64 vlen, pad, off = at, head, full;
+	__u64 vlen, pad, hlen, off = at, head, full;
 	__u8 *p, *end = msg_end(m), *v;
 	__u32 b;
 
@@ -192,16 +189,21 @@ __noinline int write_value(struct sk_msg_md *m, __u32 conn, __u32 i, __u32 at)
 		return -1;
 	pad = ((__u32)d->klen + 7) & 0x1f8;
 	v = &e->data[pad];
-	if (vlen < 10)
+	if (vlen < 10) {
 		head = '$' | ('0' + vlen) << 8 | 0x0a0d0000;
-	else if (vlen < 100)
+		hlen = 4;
+	} else if (vlen < 100) {
 		head = '$' | ('0' + vlen / 10) << 8 | ('0' + vlen % 10) << 16 | 0x0a0d000000;
-	else if (vlen < 1000)
+		hlen = 5;
+	} else if (vlen < 1000) {
 		head = '$' | ('0' + vlen / 100) << 8 | ('0' + vlen / 10 % 10) << 16 | ('0' + vlen % 10) << 24 |
 		       0x0a0d00000000;
-	else
+		hlen = 6;
+	} else {
 		head = '$' | ('0' + vlen / 1000) << 8 | ('0' + vlen / 100 % 10) << 16 | ('0' + vlen / 10 % 10) << 24 |
 		       ('0' + vlen % 10) << 32 | 0x0a0d0000000000;
+		hlen = 7;
+	}
 	BOUND(off, 0x7fff);
 	p = (__u8 *)msg_data(m) + off;
 	if (p + 8 <= end) {
@@ -215,9 +217,7 @@ __noinline int write_value(struct sk_msg_md *m, __u32 conn, __u32 i, __u32 at)
 		p[2] = head >> 16;
 		p[3] = head >> 24;
 	}
-	off = at + forget(d->rlen) - 2 - vlen;
-	BOUND(off, 0x7fff);
-	p = (__u8 *)msg_data(m) + off;
+	p += hlen;
 	full = vlen >> 6;
 	for (b = 0; b < KFLEX_MAX_VALUE / 64; b++) {
 		if (b >= full)
@@ -239,7 +239,7 @@ __noinline int write_value(struct sk_msg_md *m, __u32 conn, __u32 i, __u32 at)
 	if (vlen > KFLEX_MAX_VALUE)
 		return -1;
 	full = vlen & ~63ull;
-	off += full;
+	off = at + forget(d->rlen) - 2 - (vlen & 63);
 	BOUND(off, 0x7fff);
 	p = (__u8 *)msg_data(m) + off;
 	v = &e->data[pad + full];

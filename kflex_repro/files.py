@@ -42,6 +42,6 @@ def write_atomically(path: Path, data: bytes, option: str = "--out") -> None:
 def in_memory(name: str) -> BinaryIO:
     """An empty file for another process to write to, gone with its last descriptor; memfd_create(2).
 
-    tempfile's would not do where a killed command may leave nothing: it tries $TMPDIR with a file that has a name.
+    tempfile's would not do where a killed command may leave nothing: it tries $TMPDIR with a file of a name.
     """
     return os.fdopen(os.memfd_create(name), "w+b")

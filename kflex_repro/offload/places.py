@@ -33,14 +33,25 @@ def root() -> Path | None:
 
 def _enter() -> Path:
     """Our directory on bpffs; mounts bpffs where no one has."""
-    ours = fs.bpffs_root() is None
-    place = fs.ensure_bpffs() / _NAME
-    # Not exist_ok: that raises when another process removes it at this moment.
-    with contextlib.suppress(FileExistsError):
-        place.mkdir()
-    if ours:
-        (place / _MOUNTED).mkdir()
+    with _mounting():
+        ours = fs.bpffs_root() is None
+        place = fs.ensure_bpffs() / _NAME
+        place.mkdir(exist_ok=True)
+        if ours:
+            (place / _MOUNTED).mkdir()
     return place
+
+
+@contextlib.contextmanager
+def _mounting() -> Iterator[None]:
+    """No other start or stop mounts or unmounts bpffs, makes or removes our directory on it: of two mounts,
+    one would hide what is in the other. Held for a moment only."""
+    fd = os.open(fs.BPFFS.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
 
 
 def leave_root(place: Path) -> None:
@@ -50,12 +61,13 @@ def leave_root(place: Path) -> None:
     if (place / _SHUT).exists():
         place.parent.chmod(stat.S_IMODE(place.parent.stat().st_mode) & ~stat.S_IXOTH)
         (place / _SHUT).rmdir()
-    ours = (place / _MOUNTED).exists()
-    if ours:
-        (place / _MOUNTED).rmdir()
-    place.rmdir()
-    if ours and all(path.name in _PRELOADED for path in place.parent.iterdir()):
-        ctypes.CDLL(None).umount2(os.fsencode(place.parent), 2)  # MNT_DETACH: our own lock still holds it
+    with _mounting():
+        ours = (place / _MOUNTED).exists()
+        if ours:
+            (place / _MOUNTED).rmdir()
+        place.rmdir()
+        if ours and all(path.name in _PRELOADED for path in place.parent.iterdir()):
+            ctypes.CDLL(None).umount2(os.fsencode(place.parent), 2)  # MNT_DETACH: our own lock still holds it
 
 
 def open_to_others(place: Path) -> None:

@@ -676,3 +676,46 @@ def test_only_one_server_under_test_remains() -> None:
         assert isinstance(sut, Sut)
         assert before.difference(Snapshot.take())
     before.must_return()
+
+
+# -- many at once, where nobody has mounted bpffs --
+
+ENTER = """
+import multiprocessing
+from kflex_repro.bpf import fs
+from kflex_repro.offload import places
+
+def enter(barrier, said):
+    try:
+        for _ in range(10):
+            barrier.wait(60)
+            with places.entered() as root:
+                with open("/proc/self/mounts") as mounts:
+                    assert sum(" /sys/fs/bpf " in mount for mount in mounts) == 1
+                places.leave_root(root)
+        said.put("")
+    except BaseException as error:
+        barrier.abort()
+        said.put(repr(error))
+
+barrier, said = multiprocessing.Barrier(6), multiprocessing.Queue()
+processes = [multiprocessing.Process(target=enter, args=(barrier, said)) for _ in range(6)]
+for process in processes:
+    process.start()
+print({said.get() for _ in processes}, fs.mounts("bpf"))
+"""
+
+
+def test_starts_that_mount_bpffs_at_once() -> None:
+    """One mounts it, the last one takes it away; below a second mount the first one's pins would be hidden."""
+    inside = 'while umount /sys/fs/bpf 2>/dev/null; do :; done; exec "$@"'
+    command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", inside, "sh"]
+    done = subprocess.run(
+        [*command, sys.executable, "-c", ENTER],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+        check=False,
+    )
+    assert (done.stdout, done.stderr) == ("{''} []\n", "")
