@@ -707,7 +707,7 @@ print({said.get() for _ in processes}, fs.mounts("bpf"))
 
 
 def test_starts_that_mount_bpffs_at_once() -> None:
-    """One mounts it, the last one takes it away; below a second mount the first one's pins would be hidden."""
+    """One mounts it, the last one takes it away; below a second mount, pins in the first would be hidden."""
     inside = 'while umount /sys/fs/bpf 2>/dev/null; do :; done; exec "$@"'
     command = ["unshare", "--mount", "--propagation", "private", "sh", "-c", inside, "sh"]
     done = subprocess.run(
