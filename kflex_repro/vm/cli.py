@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -16,8 +18,10 @@ from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn
 from rich.progress import Progress as ProgressBar
 
 from kflex_repro.errors import KflexError
-from kflex_repro.vm.kernels import Kernel
 from kflex_repro.vm.rootfs import Progress
+
+if TYPE_CHECKING:
+    from kflex_repro.vm import run
 
 _UNITS = {"": 1 << 20, "M": 1 << 20, "G": 1 << 30}
 
@@ -47,8 +51,57 @@ def _variable(_ctx: click.Context, _param: click.Parameter, values: tuple[str, .
     return found
 
 
-def _options(command: Any) -> Any:
+@dataclass(frozen=True)
+class _Guest:
     """What every guest is asked with."""
+
+    kernel: str
+    memory: int
+    cpus: int
+    accel: str
+    root: str
+    take: tuple[Path, ...]
+    env: Mapping[str, str]
+    objects: bool
+
+    def request(
+        self,
+        command: tuple[str, ...],
+        timeout: float,
+        out: Path | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> run.Request:
+        """With the kernel found, and with ``objects`` those for it built; ``env`` gives way to the user's."""
+        from kflex_repro.vm import kernels, run
+
+        kernel = kernels.find(self.kernel, _note)
+        if self.objects:
+            with Console(stderr=True).status("BPF objects for the guest"):
+                run.prepare(kernel, _note)
+        return run.Request(
+            command=command,
+            kernel=kernel,
+            memory=self.memory,
+            cpus=self.cpus,
+            accel=self.accel,
+            timeout=timeout,
+            root=self.root,  # type: ignore[arg-type]
+            cwd=Path.cwd(),
+            take=self.take,
+            env={**(env or {}), **self.env},
+            out=out,
+        )
+
+
+def _asked(command: Callable[..., None]) -> Any:
+    """The options of a _Guest, which ``command`` gets as its ``guest``."""
+
+    @functools.wraps(command)
+    def with_guest(**given: Any) -> None:
+        guest = _Guest(**{field.name: given.pop(field.name) for field in fields(_Guest)})
+        command(guest=guest, **given)
+
+    wrapped: Any = with_guest
     for option in reversed(
         (
             click.option(
@@ -102,8 +155,8 @@ def _options(command: Any) -> Any:
             ),
         )
     ):
-        command = option(command)
-    return command
+        wrapped = option(wrapped)
+    return wrapped
 
 
 @click.group()
@@ -127,7 +180,7 @@ def _write(stream: Any) -> Any:
 
 
 @group.command("run", context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
-@_options
+@_asked
 @click.option(
     "--timeout",
     type=click.FloatRange(5, 86400),
@@ -142,19 +195,7 @@ def _write(stream: Any) -> Any:
     help="Where files that the command writes to $KFLEX_OUT go [results/<UTC time>-vm, if there are any].",
 )
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def run_command(
-    kernel: str,
-    memory: int,
-    cpus: int,
-    accel: str,
-    root: str,
-    env: Mapping[str, str],
-    take: tuple[Path, ...],
-    objects: bool,
-    timeout: float,
-    out: Path | None,
-    command: tuple[str, ...],
-) -> None:
+def run_command(guest: _Guest, timeout: float, out: Path | None, command: tuple[str, ...]) -> None:
     """Run COMMAND as root in a guest, in the same directory; its output is streamed, its exit status is ours.
 
     \b
@@ -164,23 +205,11 @@ def run_command(
     """
     from kflex_repro.vm import run
 
-    found = _kernel(kernel, objects)
-    request = run.Request(
-        command=_as_here(command),
-        kernel=found,
-        memory=memory,
-        cpus=cpus,
-        accel=accel,
-        timeout=timeout,
-        root=root,  # type: ignore[arg-type]
-        cwd=Path.cwd(),
-        take=take,
-        env=env,
-        out=out or Path("results") / time.strftime("%Y%m%d-%H%M%S-vm", time.gmtime()),
-    )
+    out = out or Path("results") / time.strftime("%Y%m%d-%H%M%S-vm", time.gmtime())
+    request = guest.request(_as_here(command), timeout, out)
     outcome = run.run(request, _write(sys.stdout), _write(sys.stderr), _note, progress=progress())
     if outcome.files:
-        _note(f"{len(outcome.files)} files of $KFLEX_OUT are in {request.out}")
+        _note(f"{len(outcome.files)} files of $KFLEX_OUT are in {out}")
     sys.exit(outcome.status)
 
 
@@ -214,49 +243,18 @@ def _as_here(command: tuple[str, ...]) -> tuple[str, ...]:
     return command
 
 
-def _kernel(spec: str, objects: bool) -> Kernel:
-    """The kernel of a spec; with ``objects`` those for it are built."""
-    from kflex_repro.vm import kernels, run
-
-    kernel = kernels.find(spec, _note)
-    if objects:
-        with Console(stderr=True).status("BPF objects for the guest"):
-            run.prepare(kernel, _note)
-    return kernel
-
-
 @group.command("shell")
-@_options
-def shell(
-    kernel: str,
-    memory: int,
-    cpus: int,
-    accel: str,
-    root: str,
-    env: Mapping[str, str],
-    take: tuple[Path, ...],
-    objects: bool,
-) -> None:
+@_asked
+def shell(guest: _Guest) -> None:
     """A shell as root in a guest, in the same directory. `exit` ends the guest; so does Ctrl-], always."""
     from kflex_repro.vm import run, terminal
 
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise KflexError("vm shell wants a terminal", "standard input or output is none", "use vm run")
-    found = _kernel(kernel, objects)
     size = os.get_terminal_size()
     names = {"TERM": os.environ.get("TERM", "vt100"), "LINES": str(size.lines), "COLUMNS": str(size.columns)}
-    request = run.Request(
-        command=("/bin/bash", "-i"),
-        kernel=found,
-        memory=memory,
-        cpus=cpus,
-        accel=accel,
-        timeout=86400,
-        root=root,  # type: ignore[arg-type]
-        cwd=Path.cwd(),
-        take=take,
-        env={**names, **env},
-    )
+    request = guest.request(("/bin/bash", "-i"), timeout=86400, env=names)
     # While the terminal is still this one's.
-    run.layers(request, found, progress())
-    sys.exit(terminal.shell(request, _note))
+    assert not isinstance(request.kernel, str)
+    disks = run.layers(request, request.kernel, progress())
+    sys.exit(terminal.shell(request, disks, _note))

@@ -110,8 +110,8 @@ def btf(kernel: Kernel, note: Note = _nothing, accel: str = "auto") -> Path:
     def make(out: Path) -> None:
         note(f"reading the BTF of {kernel.release}")
         copy = ("/bin/busybox", "cp", "/sys/kernel/btf/vmlinux", "/run/kflex-vm/out/vmlinux")
-        request = Request(copy, memory=1 << 30, cpus=1, accel=accel, root="none", out=out)
-        if _run(request, kernel, note=note).status != 0 or not (out / "vmlinux").exists():
+        request = Request(copy, kernel, memory=1 << 30, cpus=1, accel=accel, root="none", out=out)
+        if run(request, note=note).status != 0 or not (out / "vmlinux").exists():
             raise KflexError("the kernel has no BTF", kernel.release, "use one with CONFIG_DEBUG_INFO_BTF=y")
 
     place, _ = cache.obtain(_BTF_KIND, kernel.key, make)
@@ -132,28 +132,20 @@ def run(
     note: Note = _nothing,
     keyboard: Callable[[], bytes] | None = None,
     progress: rootfs.Progress = rootfs.quiet,
+    disks: tuple[Path, ...] | None = None,
 ) -> Outcome:
     """Boot, run, power off. KflexError in one line for a guest that panics, hangs or never comes up.
 
-    With a ``keyboard`` (it blocks for what is typed; b"" is the end) the command has a terminal.
+    With a ``keyboard`` (it blocks for what is typed; b"" is the end) the command has a terminal. ``disks``
+    are what layers() made, where that was done before.
     """
     kernel = request.kernel
     if isinstance(kernel, str):
         kernel = kernels.find(kernel, note)
-    return _run(request, kernel, stdout, stderr, note, keyboard, progress)
-
-
-def _run(
-    request: Request,
-    kernel: Kernel,
-    stdout: Sink = _drop,
-    stderr: Sink = _drop,
-    note: Note = _nothing,
-    keyboard: Callable[[], bytes] | None = None,
-    progress: rootfs.Progress = rootfs.quiet,
-) -> Outcome:
     qemu.program()
-    root, disks = _root(request.root), layers(request, kernel, progress)
+    root = _root(request.root)
+    if disks is None:
+        disks = layers(request, kernel, progress)
     if root == "image" and request.cwd and not _taken(request.cwd, request.take):
         note(f"the guest has an image for its root, without the files of {request.cwd} (--take . adds them)")
     tries = [*qemu.accelerators(request.accel, note)]

@@ -9,6 +9,7 @@ import termios
 import tty
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from kflex_repro.vm import run
 
@@ -37,8 +38,11 @@ class Keyboard:
         return b"" if ESCAPE in data else data
 
 
-def shell(request: run.Request, note: Callable[[str], None]) -> int:
-    """Run the request's command on this terminal; its exit status, 130 if it was left by Ctrl-]."""
+def shell(request: run.Request, disks: tuple[Path, ...], note: Callable[[str], None]) -> int:
+    """Run the request's command on this terminal; its exit status, 130 if it was left by Ctrl-].
+
+    ``disks`` are those of run.layers(): nothing can show their making here.
+    """
     note("booting; Ctrl-] ends the guest at any moment")
 
     def show(data: bytes) -> None:
@@ -46,6 +50,9 @@ def shell(request: run.Request, note: Callable[[str], None]) -> int:
 
     with _raw(sys.stdin.fileno()):
         try:
-            return run.run(request, show, show, lambda line: note(f"{line}\r"), Keyboard().read).status
+            outcome = run.run(
+                request, show, show, lambda line: note(f"{line}\r"), Keyboard().read, disks=disks
+            )
+            return outcome.status
         except KeyboardInterrupt:
             return 130
