@@ -1,7 +1,8 @@
 """Shared by all tests: a missing kernel feature skips a test, or fails it where CI says the kernel has it.
 
 A test marked ``bpf`` is skipped where this host refuses BPF, before its fixtures start anything. What those
-tests show is not lost there: the ones marked ``smoke("AREA")`` run in a VM (tests/vm), too.
+tests show is not lost there: the ones marked ``emulated`` run in a VM (tests/vm). Those marked
+``smoke("AREA")`` run there in any case, and on other kernels.
 """
 
 from __future__ import annotations
@@ -61,24 +62,24 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 @functools.cache
-def _refused() -> dict[str, str]:
+def refused() -> dict[str, str]:
     """Why each thing that BPF tests stand on is not here."""
     return {feature: reason for feature in ("root", *BPF, "capabilities") if (reason := lacking(feature))}
 
 
 def pytest_report_header() -> list[str]:
     """Said at the start: that much is not tested here, and where it is."""
-    if REQUIRE_BPF or not _refused():
+    if REQUIRE_BPF or not refused():
         return []
     from kflex_repro import host
 
-    return [f"{host.refusal()}: tests that need it are skipped here, the smoke tests run in a VM (tests/vm)"]
+    return [f"{host.refusal()}: tests that need it are skipped here, most of them run in a VM (tests/vm)"]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     reports = [each for kind in ("passed", "failed", "skipped") for each in terminalreporter.getreports(kind)]
     in_vm = [str(value) for each in reports for name, value in each.user_properties if name == "vm"]
-    reasons = {f"Skipped: {reason}" for reason in _refused().values()}
+    reasons = {f"Skipped: {reason}" for reason in refused().values()}
     lost = sum(isinstance(each.longrepr, tuple) and each.longrepr[2] in reasons for each in reports)
     if lost:
         line = f"{lost} tests were skipped, as BPF or root is not to be had here; "

@@ -17,7 +17,7 @@ from kflex_repro.bpf import Link, Map, Object, Program, VerifierError, fs, libbp
 from kflex_repro.bpf.libbpf import AttachType, MapType, ProgType
 from kflex_repro.errors import KflexError
 
-pytestmark = pytest.mark.bpf
+pytestmark = [pytest.mark.bpf, pytest.mark.emulated]
 
 KITCHEN = r"""
 enum colour { RED = 1, GREEN = 200, NEGATIVE = -3 };

@@ -10,7 +10,7 @@ import pytest
 from kflex_repro.bpf import fs, libbpf, probe
 from kflex_repro.errors import KflexError
 
-pytestmark = pytest.mark.bpf
+pytestmark = [pytest.mark.bpf, pytest.mark.emulated]
 
 REQUIRED = (probe.mmapable, probe.sockops, probe.sk_msg, probe.tp_btf, probe.iter_tcp)
 OPTIONAL = (probe.sk_skb, probe.tcx, probe.fentry, probe.kprobe, probe.arena, probe.uprobe_multi)

@@ -18,7 +18,7 @@ from kflex_repro.redis.resp import Decoder, ErrorReply, Reply, encode_command, s
 from tests.conftest import unavailable
 from tests.redis.harness import Conn, Sut, eventually, have, offloaded_server, plain_server, rng
 
-pytestmark = pytest.mark.bpf
+pytestmark = [pytest.mark.bpf, pytest.mark.emulated]
 
 # s and t are strings, n a number; the others what their names say.
 SETUP: tuple[tuple[str, ...], ...] = (

@@ -7,7 +7,7 @@ import pytest
 from kflex_repro.redis.resp import ErrorReply, encode_command, encode_pipeline
 from tests.redis.harness import Conn, Sut, eventually
 
-pytestmark = pytest.mark.bpf
+pytestmark = [pytest.mark.bpf, pytest.mark.emulated]
 
 BUSY = "local n=0 for i=1,tonumber(ARGV[1]) do n=n+i end return redis.call('GET',KEYS[1])"
 

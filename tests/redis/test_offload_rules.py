@@ -19,7 +19,7 @@ from kflex_repro.redis.resp import ErrorReply, Push
 from kflex_repro.redis.server import free_port
 from tests.redis.harness import Conn, Sut, eventually, offloaded_server, plain_server
 
-pytestmark = pytest.mark.bpf
+pytestmark = [pytest.mark.bpf, pytest.mark.emulated]
 
 Command = tuple[str, ...]
 

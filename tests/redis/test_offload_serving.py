@@ -20,7 +20,7 @@ import redis
 from kflex_repro.redis.resp import encode_command, encode_pipeline
 from tests.redis.harness import Conn, Sut, eventually, have, offloaded_server, plain_server, rng
 
-pytestmark = pytest.mark.bpf
+pytestmark = [pytest.mark.bpf, pytest.mark.emulated]
 
 
 def must_serve_both(sut: Sut, conn: Conn, key: bytes | str, value: bytes | str) -> None:

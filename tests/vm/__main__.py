@@ -26,7 +26,15 @@ def _kernels(given: tuple[str, ...]) -> tuple[str, ...]:
     return (*(spec for spec in at_hand if "/" not in spec), *built[-1:])
 
 
-def _one(spec: str, out: Path, accel: str, timeout: float, verbose: bool, report: Console) -> smoke.Smoke:
+def _one(
+    spec: str,
+    out: Path,
+    accel: str,
+    timeout: float | None,
+    everything: bool,
+    verbose: bool,
+    report: Console,
+) -> smoke.Smoke:
     def show(data: bytes) -> None:
         sys.stderr.buffer.write(data)
         sys.stderr.buffer.flush()
@@ -38,6 +46,7 @@ def _one(spec: str, out: Path, accel: str, timeout: float, verbose: bool, report
             out,
             accel=accel,
             timeout=timeout,
+            everything=everything,
             stdout=show if verbose else lambda _data: None,
             note=lambda line: report.print(f"  {line}", markup=False),
         )
@@ -58,10 +67,9 @@ def _one(spec: str, out: Path, accel: str, timeout: float, verbose: bool, report
 @click.option(
     "--timeout",
     type=click.FloatRange(10, 86400),
-    default=smoke.TIMEOUT,
-    show_default=True,
-    help="Seconds for each kernel.",
+    help=f"Seconds for each kernel [{smoke.TIMEOUT:.0f}; with --all {smoke.TIMEOUT_ALL:.0f}].",
 )
+@click.option("--all", "everything", is_flag=True, help="Also the tests marked emulated: nine times as many.")
 @click.option(
     "--write",
     "document",
@@ -77,7 +85,8 @@ def _one(spec: str, out: Path, accel: str, timeout: float, verbose: bool, report
 def main(
     kernels: tuple[str, ...],
     accel: str,
-    timeout: float,
+    timeout: float | None,
+    everything: bool,
     document: Path | None,
     out: Path | None,
     as_markdown: bool,
@@ -98,7 +107,7 @@ def main(
         for number, spec in enumerate(specs):
             place = (out or Path(scratch)) / f"{number}-{spec.replace('/', '_')}"
             place.mkdir(parents=True, exist_ok=True)
-            runs.append(_one(spec, place, accel, timeout, verbose, report))
+            runs.append(_one(spec, place, accel, timeout, everything, verbose, report))
     if as_json:
         click.echo(json.dumps([one.to_json() for one in runs], indent=2))
     elif as_markdown:
