@@ -58,6 +58,26 @@ def test_what_did_not_pass_is_a_problem_with_its_text(outcome: str) -> None:
     assert found == (f"a.py::test_x: {outcome}\nbecause",)
 
 
+def test_others_than_smoke_tests_may_be_skipped() -> None:
+    """They want more than BPF now and then; but nothing else than passed or skipped is fine."""
+    more = [smoke.Test(f"a.py::test_{each}", "", each, 0.1, "because") for each in ("passed", "skipped")]
+    one = run("6.12", *more)
+    assert one.problems == ()
+    assert f"{len(AREAS) + 1} of {len(AREAS) + 2} tests that need BPF pass, 1 skipped, on" in one.summary
+    rows = {name: cells for name, *cells in table.rows([one, run("6.1")])}
+    assert rows["other tests"] == ["1", "–"] and rows["smoke tests"] == [f"all {len(AREAS)} pass"] * 2
+    bad = run("6.12", *more, smoke.Test("a.py::test_bad", "", "failed", 0.1, "because"))
+    assert bad.problems == ("a.py::test_bad: failed\nbecause",)
+    (row,) = (cells for name, *cells in table.rows([bad]) if name == "other tests")
+    assert row == ["**1 of 3**"]
+
+
+def test_with_everything_come_the_modules_that_are_emulated() -> None:
+    more = set(smoke.modules(everything=True))
+    assert more > set(smoke.modules()) and "tests/bpf/test_binding.py" in more
+    assert not {name for name in more if "bench" in name or "linearizable" in name}
+
+
 def test_an_area_without_a_test_is_a_problem() -> None:
     one = run()
     fewer = smoke.Smoke("6.12", tests=tuple(test for test in one.tests if test.area != "recovery"))

@@ -33,7 +33,7 @@ def _area(one: Smoke, area: str) -> str:
     if not tests:
         return NONE
     passed = sum(test.outcome == "passed" for test in tests)
-    return str(passed) if passed == len(tests) else f"**{passed} of {len(tests)}**"
+    return str(passed) if all(test.fine for test in tests) else f"**{passed} of {len(tests)}**"
 
 
 def rows(runs: Sequence[Smoke]) -> Rows:
@@ -50,6 +50,7 @@ def rows(runs: Sequence[Smoke]) -> Rows:
         ("done after", *(_seconds(one, one.seconds) for one in runs)),
         *((title, *(_fact(one, key) for one in runs)) for key, title in titles.items()),
         *((f"smoke: {what}", *(_area(one, area) for one in runs)) for area, what in AREAS.items()),
+        *([("other tests", *(_area(one, "") for one in runs))] if any(one.of("") for one in runs) else []),
         ("smoke tests", *(_verdict(one) for one in runs)),
     ]
 
@@ -57,7 +58,7 @@ def rows(runs: Sequence[Smoke]) -> Rows:
 def _verdict(one: Smoke) -> str:
     if not one.tests:
         return "**did not run**"
-    return f"all {len(one.tests)} pass" if not one.problems else "**fail**"
+    return f"all {sum(bool(test.area) for test in one.tests)} pass" if not one.problems else "**fail**"
 
 
 def markdown(runs: Sequence[Smoke]) -> str:
