@@ -73,7 +73,7 @@ def pytest_report_header() -> list[str]:
         return []
     from kflex_repro import host
 
-    return [f"{host.refusal()}: tests that need it are skipped here, most of them run in a VM (tests/vm)"]
+    return [f"{host.refusal()}: tests that need it are skipped here, many of them run in a VM (tests/vm)"]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -91,9 +91,9 @@ def test_a_command_in_a_guest_is_as_here_and_its_files_come_back(
 
 def test_a_panic_ends_the_run_with_the_console(stock: kernels.Kernel) -> None:
     trigger = ("/bin/busybox", "sh", "-c", "echo c >/proc/sysrq-trigger")
-    request = run.Request(trigger, accel="tcg", root="none", memory=512 << 20, cpus=1, timeout=120)
+    request = run.Request(trigger, stock, accel="tcg", root="none", memory=512 << 20, cpus=1, timeout=120)
     with pytest.raises(run.GuestError) as failed:
-        run._run(request, stock)
+        run.run(request)
     assert "the guest's kernel ended: Kernel panic - not syncing: sysrq triggered crash" in failed.value.what
     assert "CPU: 0" in failed.value.where
     log = Path(failed.value.fix.rpartition(" ")[2])
