@@ -73,6 +73,7 @@ static __always_inline int feed_message(struct sk_msg_md *m, struct kflex_conn *
 		at += n;
 		if (at >= size)
 			return 0;
+		/* addr is written anew before it is read as an address. */
 		WRITE_ONCE(c->addr[role], at);
 		at = forget(c->addr[role]);
 	}
