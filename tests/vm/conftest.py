@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from kflex_repro.build import cache
 from kflex_repro.errors import KflexError
 from kflex_repro.vm import kernels, qemu
 from tests.conftest import unavailable
@@ -24,6 +25,12 @@ def stock() -> kernels.Kernel:
         return kernels.find("stock")
     except KflexError as error:
         unavailable(str(error))
+
+
+@pytest.fixture(scope="session")
+def users_cache() -> Path:
+    """The cache of whoever runs the tests, where a test has one of its own, too."""
+    return cache.root()
 
 
 def bzimage(release: str = "6.12.0-test", sixty_four: bool = True) -> bytes:
